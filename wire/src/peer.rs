@@ -1,0 +1,184 @@
+//! Messages between the primary of a database and its replicas. `docs/protocol.md` tells the order.
+//!
+//! Every message of a log names its database, and every one that changes or reports the log names
+//! the epoch it speaks for and the membership's generation; a receiver refuses what is not current.
+
+use crate::entry::PartHeader;
+use crate::ids::{ClaimantId, DatabaseId};
+use crate::position::{Epoch, EpochRun, LogPosition, Lsn};
+use serde::{Deserialize, Serialize};
+
+/// Longest database name.
+pub const MAX_NAME_BYTES: usize = 4096;
+/// Most runs of a log's history that a promise carries: those above the archive, newest last.
+pub const MAX_HISTORY_RUNS: usize = 4096;
+
+/// From a primary (or one that wants to be) to a replica.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PrimaryMessage {
+    /// Asks which logs the replica knows under a name.
+    Find {
+        /// Comes back in the answer.
+        request: u64,
+        /// The database's name in the cluster.
+        name: String,
+    },
+    /// Asks for the promise to serve no older epoch.
+    Claim(Claim),
+    /// One part of an entry; the payload is the part's.
+    Append {
+        /// Membership that the primary goes by.
+        generation: u32,
+        /// The entry before this one.
+        previous: LogPosition,
+        /// Known committed, at the primary.
+        commit_lsn: Lsn,
+        /// Confirmed in the object store.
+        archive_lsn: Lsn,
+        /// The part.
+        part: PartHeader,
+    },
+    /// What is committed and archived, when no append is there to carry it.
+    Progress {
+        /// The log.
+        database: DatabaseId,
+        /// The sender's epoch.
+        epoch: Epoch,
+        /// Known committed, at the primary.
+        commit_lsn: Lsn,
+        /// Confirmed in the object store.
+        archive_lsn: Lsn,
+    },
+    /// Asks for entries, for recovery: only a replica that promised `epoch` answers. Goes on a
+    /// stream of its own, on which [`ReplicaMessage::FetchedPart`]s and one
+    /// [`ReplicaMessage::FetchEnd`] come back.
+    Fetch {
+        /// The log.
+        database: DatabaseId,
+        /// The epoch that the asker claims or holds.
+        epoch: Epoch,
+        /// First entry wanted.
+        first_lsn: Lsn,
+        /// Last entry wanted.
+        last_lsn: Lsn,
+    },
+    /// Asks for a sign of life.
+    Ping {
+        /// Comes back in the answer.
+        sequence: u64,
+    },
+}
+
+/// A claim of an epoch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// The log.
+    pub database: DatabaseId,
+    /// Its name, which a replica that never heard of it notes down.
+    pub name: String,
+    /// Membership that the claimant goes by.
+    pub generation: u32,
+    /// The epoch it wants.
+    pub epoch: Epoch,
+    /// Which attempt: a repeated claim has the same, a competing one has not.
+    pub claimant: ClaimantId,
+}
+
+/// From a replica to a primary.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ReplicaMessage {
+    /// Answer to [`PrimaryMessage::Find`].
+    Found {
+        /// Of the question.
+        request: u64,
+        /// Every log known under the name.
+        databases: Vec<DatabaseId>,
+    },
+    /// The promise, already on the replica's disk.
+    Promised(Promise),
+    /// All entries up to here are on the replica's disk.
+    Ack {
+        /// The log.
+        database: DatabaseId,
+        /// The epoch that the replica serves.
+        epoch: Epoch,
+        /// Membership that the replica goes by.
+        generation: u32,
+        /// Its last synced entry.
+        flush_lsn: Lsn,
+    },
+    /// A claim or an append that was not taken.
+    Rejected {
+        /// The log.
+        database: DatabaseId,
+        /// The epoch of the message that was refused.
+        epoch: Epoch,
+        /// Why.
+        reason: RejectReason,
+    },
+    /// One part of an entry that was asked for; the payload is the part's.
+    FetchedPart {
+        /// The part.
+        part: PartHeader,
+    },
+    /// No more parts follow.
+    FetchEnd {
+        /// Why not all of them came, if so.
+        error: Option<String>,
+    },
+    /// Answer to [`PrimaryMessage::Ping`].
+    Pong {
+        /// Of the question.
+        sequence: u64,
+        /// Why the replica takes no entries now (disk full, damage), if so.
+        trouble: Option<String>,
+    },
+}
+
+/// What a replica had when it promised an epoch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Promise {
+    /// The log.
+    pub database: DatabaseId,
+    /// Membership that the replica goes by.
+    pub generation: u32,
+    /// The epoch promised now.
+    pub epoch: Epoch,
+    /// To which attempt.
+    pub claimant: ClaimantId,
+    /// The epoch promised before.
+    pub previous_promise: Epoch,
+    /// Its last entry.
+    pub last: LogPosition,
+    /// Known committed.
+    pub commit_lsn: Lsn,
+    /// Known archived.
+    pub archive_lsn: Lsn,
+    /// The runs of its log, oldest first; from the one that holds `archive_lsn` on, at least.
+    pub history: Vec<EpochRun>,
+}
+
+/// Why a replica did not take a message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RejectReason {
+    /// It promised a higher epoch (or this one to another claimant).
+    Fenced {
+        /// The epoch promised.
+        promised: Epoch,
+    },
+    /// The entry before the one sent is not the one it has.
+    Gap {
+        /// Its last entry.
+        last: LogPosition,
+    },
+    /// It goes by another membership.
+    Generation {
+        /// Its own.
+        current: u32,
+    },
+    /// Its disk does not take the entry.
+    Storage {
+        /// What the disk said.
+        message: String,
+    },
+}
