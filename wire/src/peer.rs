@@ -29,6 +29,9 @@ pub enum PrimaryMessage {
     Append {
         /// Membership that the primary goes by.
         generation: u32,
+        /// The primary's epoch. The part keeps the epoch that its entry was written in, which is
+        /// lower when an entry of an earlier primary is fed again.
+        epoch: Epoch,
         /// The entry before this one.
         previous: LogPosition,
         /// Known committed, at the primary.

@@ -1,0 +1,105 @@
+//! The one door out of this crate: where transactions go, and where a log is read from.
+//!
+//! The extension implements it over its connection to the sidecar; tests implement it in memory.
+//! Calls block the calling SQLite thread. No implementation may call back into SQLite.
+
+use bytes::Bytes;
+use durovfs_wire::client::{CommitOutcome, FailureKind};
+use durovfs_wire::entry::{CommitHeader, EntryPart, Origin, TransactionSummary};
+use durovfs_wire::{DatabaseId, Epoch, LogPosition, Lsn, PageSize};
+use std::time::Duration;
+
+/// A log, as the sidecar opened it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OpenedLog {
+    /// The log.
+    pub database: DatabaseId,
+    /// The sidecar's epoch as its primary.
+    pub epoch: Epoch,
+    /// Last committed entry of any kind.
+    pub end: LogPosition,
+    /// Last committed transaction; none in a new log.
+    pub last_transaction: Option<TransactionSummary>,
+}
+
+/// A call that did not reach its end. Never used for commits: they have [`CommitOutcome`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct SinkError {
+    /// What the caller can do.
+    pub kind: SinkErrorKind,
+    /// What failed, on what, and what to do: one line.
+    pub message: String,
+}
+
+/// Kinds of [`SinkError`], by what the caller does next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SinkErrorKind {
+    /// The sidecar was not reached in time.
+    Unreachable,
+    /// The sidecar answered that it cannot.
+    Refused(FailureKind),
+    /// The receiver of the data stopped it.
+    Stopped,
+}
+
+/// Where a database's transactions go. One per process, shared by all its connections.
+pub trait Sink: Send + Sync + 'static {
+    /// Makes the sidecar the database's primary, if it is not, and tells where the log ends.
+    ///
+    /// # Errors
+    /// When the sidecar is not reached, or refuses.
+    fn open(
+        &self,
+        name: &str,
+        known: Option<DatabaseId>,
+        timeout: Option<Duration>,
+    ) -> Result<OpenedLog, SinkError>;
+
+    /// An origin for the next commit of this process; never the same one twice.
+    fn next_origin(&self) -> Origin;
+
+    /// Streams slots of a transaction that is still open, in order; blocks when the link is full.
+    ///
+    /// # Errors
+    /// When they cannot be sent; the transaction can then not be committed.
+    fn send_pages(
+        &self,
+        database: DatabaseId,
+        origin: Origin,
+        page_size: PageSize,
+        payload: Bytes,
+    ) -> Result<(), SinkError>;
+
+    /// The transaction whose pages were sent will not be committed.
+    fn abort(&self, database: DatabaseId, origin: Origin);
+
+    /// Sends the rest of a transaction and waits for what becomes of it. `None` waits for ever.
+    fn commit(
+        &self,
+        database: DatabaseId,
+        commit: CommitHeader,
+        payload: Bytes,
+        timeout: Option<Duration>,
+    ) -> CommitOutcome;
+
+    /// Finds out what became of a commit, and makes it certain if a quorum answers in time.
+    fn resolve(
+        &self,
+        database: DatabaseId,
+        origin: Origin,
+        base_lsn: Lsn,
+        timeout: Option<Duration>,
+    ) -> CommitOutcome;
+
+    /// Reads the committed entries from `first_lsn` on, part by part, in order.
+    ///
+    /// # Errors
+    /// When the log could not be read to its end, or `visit` returned an error.
+    fn read_log(
+        &self,
+        database: DatabaseId,
+        first_lsn: Lsn,
+        visit: &mut dyn FnMut(EntryPart) -> Result<(), SinkError>,
+    ) -> Result<(), SinkError>;
+}
