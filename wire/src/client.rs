@@ -55,6 +55,9 @@ pub enum ClientMessage {
         database: DatabaseId,
         /// The facts.
         commit: CommitHeader,
+        /// How many [`ClientMessage::Pages`] of this transaction were sent before. A sidecar that
+        /// has not all of them (it was restarted in between) refuses the commit.
+        streamed_parts: u32,
         /// Milliseconds that the client waits; zero is for ever.
         timeout_ms: u64,
     },
