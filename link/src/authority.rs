@@ -16,10 +16,8 @@ use std::path::{Path, PathBuf};
 pub const CA_CERTIFICATE_FILE: &str = "ca.pem";
 /// File of the authority's key, which stays where the authority is.
 pub const CA_KEY_FILE: &str = "ca-key.pem";
-/// Subject of the authority. Fixed: certificates name their issuer by it, and by its key.
-const CA_NAME: &str = "durovfs cluster authority";
-/// Most patterns in one certificate, so that it stays small enough for a handshake.
-pub const MAX_DATABASE_PATTERNS: usize = 64;
+/// Largest sum of the encoded patterns in one certificate, so that it fits a handshake.
+pub const MAX_PATTERN_BYTES: usize = 8 << 10;
 
 /// The authority cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -38,8 +36,8 @@ pub enum AuthorityError {
     #[error(transparent)]
     Name(#[from] InvalidNodeName),
     /// More patterns than a certificate may carry.
-    #[error("{0} database patterns exceed the limit of {MAX_DATABASE_PATTERNS}")]
-    TooManyPatterns(usize),
+    #[error("{0} bytes of database patterns exceed the limit of {MAX_PATTERN_BYTES}")]
+    PatternsTooLong(usize),
     /// A key or certificate is not usable.
     #[error("certificate authority: {0}")]
     Certificate(#[from] rcgen::Error),
@@ -86,12 +84,12 @@ pub struct Authority {
 /// When the system has no randomness to give.
 pub fn create() -> Result<Authority, AuthorityError> {
     let key = KeyPair::generate()?;
-    let certificate = ca_params().self_signed(&key)?.pem();
+    let certificate = ca_params(&key).self_signed(&key)?.pem();
     let key_pem = key.serialize_pem();
     Ok(Authority {
         certificate,
         key: key_pem,
-        issuer: Issuer::new(ca_params(), key),
+        issuer: Issuer::new(ca_params(&key), key),
     })
 }
 
@@ -107,7 +105,7 @@ impl Authority {
         Ok(Self {
             certificate,
             key: key_pem,
-            issuer: Issuer::new(ca_params(), key),
+            issuer: Issuer::new(ca_params(&key), key),
         })
     }
 
@@ -149,14 +147,19 @@ impl Authority {
     /// one of the glob patterns. The name follows the rules of node names.
     ///
     /// # Errors
-    /// When the name is not one, or there are too many patterns.
+    /// When the name is not one, or the patterns are too long.
     pub fn issue_client(
         &self,
         name: &str,
         database_patterns: &[String],
     ) -> Result<PemPair, AuthorityError> {
-        if database_patterns.len() > MAX_DATABASE_PATTERNS {
-            return Err(AuthorityError::TooManyPatterns(database_patterns.len()));
+        let uris: Vec<_> = database_patterns
+            .iter()
+            .map(|pattern| pattern_uri(pattern))
+            .collect();
+        let bytes = uris.iter().map(String::len).sum::<usize>();
+        if bytes > MAX_PATTERN_BYTES {
+            return Err(AuthorityError::PatternsTooLong(bytes));
         }
         let name: NodeName = name.parse()?;
         let mut params = CertificateParams::new(vec![client_dns_name(&name)])?;
@@ -190,10 +193,17 @@ impl std::fmt::Debug for Authority {
     }
 }
 
-fn ca_params() -> CertificateParams {
+/// The subject is made from the key, so that a certificate of another cluster is told from a damaged
+/// one, and an authority that was read back issues under the name of its certificate.
+fn ca_params(key: &KeyPair) -> CertificateParams {
+    let digest = ring::digest::digest(&ring::digest::SHA256, key.public_key_raw());
+    let mut name = "durovfs cluster authority ".to_owned();
+    digest.as_ref()[..8]
+        .iter()
+        .for_each(|byte| name.push_str(&format!("{byte:02x}")));
     let mut params = CertificateParams::default();
     params.distinguished_name = rcgen::DistinguishedName::new();
-    params.distinguished_name.push(DnType::CommonName, CA_NAME);
+    params.distinguished_name.push(DnType::CommonName, name);
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params

@@ -12,6 +12,10 @@ use rustls::{CipherSuite, RootCertStore};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// Largest certificate chain of this process: with the rest of a handshake flight it must stay below
+/// 16 KiB, the most that quinn can send in one packet of a handshake.
+const MAX_CHAIN_BYTES: usize = 12 << 10;
+
 /// Certificate, key and authority of this process. Cheap to clone.
 #[derive(Clone)]
 pub struct Identity {
@@ -50,6 +54,14 @@ impl Identity {
     pub fn load(ca: &Path, certificate: &Path, key: &Path) -> Result<Self, IdentityError> {
         let authorities = read_certificates(ca)?;
         let chain = read_certificates(certificate)?;
+        let chain_bytes = chain
+            .iter()
+            .map(|certificate| certificate.len())
+            .sum::<usize>();
+        if chain_bytes > MAX_CHAIN_BYTES {
+            let problem = format!("{chain_bytes} bytes of certificates exceed {MAX_CHAIN_BYTES}");
+            return Err(invalid(certificate, problem));
+        }
         let key_der = PrivateKeyDer::from_pem_slice(&read(key)?)
             .map_err(|_| invalid(key, "no private key in PEM form"))?;
         let role = PeerRole::from_certificate(&chain[0]).map_err(|e| invalid(certificate, e))?;

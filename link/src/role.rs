@@ -48,21 +48,22 @@ impl PeerRole {
     }
 
     fn from_names(names: &[GeneralName<'_>]) -> Result<Self, String> {
-        let mut role = None;
+        let mut roles = Vec::new();
         let mut patterns = Vec::new();
         for name in names {
             match name {
-                GeneralName::DNSName(name) => {
-                    if role.replace(*name).is_some() {
-                        return Err("certificate has more than one name".to_owned());
-                    }
-                }
+                GeneralName::DNSName(name) => roles.push(*name),
                 GeneralName::URI(uri) => patterns.push(decode_pattern(uri)?),
                 // A certificate says nothing else to us.
                 _ => {}
             }
         }
-        let role = role.ok_or("certificate has no DNS name")?;
+        let [role] = roles[..] else {
+            return Err(format!(
+                "certificate has {} DNS names, not one",
+                roles.len()
+            ));
+        };
         if let Some(name) = role.strip_suffix(NODE_SUFFIX) {
             return Ok(Self::Node(parse_name(name)?));
         }

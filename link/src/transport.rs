@@ -20,6 +20,8 @@ pub const MAX_STREAMS: u32 = 64;
 const LOCAL_MTU: u16 = 65_000;
 /// Largest datagram taken; the default of 1,472 would hold the peer to that.
 pub(crate) const MAX_DATAGRAM_BYTES: u16 = 65_527;
+/// Pause before large packets are tried again on loopback, where nothing swallows them.
+const LOCAL_MTU_RETRY: Duration = Duration::from_secs(1);
 /// With the default window a connection with a large MTU hangs: the congestion check asks for room
 /// for whole packets. Ten is the usual start.
 const INITIAL_WINDOW_PACKETS: u64 = 10;
@@ -89,12 +91,15 @@ fn local() -> TransportConfig {
     let mut config = common();
     let mut congestion = CubicConfig::default();
     congestion.initial_window(INITIAL_WINDOW_PACKETS * u64::from(LOCAL_MTU));
+    // The search ends where it begins; it is there to come back after a burst of losses that was
+    // taken for a path that swallows large packets.
+    let mut discovery = MtuDiscoveryConfig::default();
+    discovery
+        .upper_bound(LOCAL_MTU)
+        .black_hole_cooldown(LOCAL_MTU_RETRY);
     config
         .initial_mtu(LOCAL_MTU)
-        // Without a floor, the loss of a few large packets would be taken for a path that
-        // swallows them, and the connection would fall to the smallest packets for minutes.
-        .min_mtu(LOCAL_MTU)
-        .mtu_discovery_config(None)
+        .mtu_discovery_config(Some(discovery))
         // Several such packets do not fit one call of segmentation offload.
         .enable_segmentation_offload(false)
         .initial_rtt(LOCAL_INITIAL_RTT)
