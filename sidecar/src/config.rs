@@ -179,7 +179,10 @@ struct Source<'a> {
 
 impl Source<'_> {
     fn error(&self, problem: impl Into<String>) -> ConfigError {
-        ConfigError { file: self.file.to_owned(), problem: problem.into() }
+        ConfigError {
+            file: self.file.to_owned(),
+            problem: problem.into(),
+        }
     }
 
     fn key_error(&self, key: &str, problem: impl std::fmt::Display) -> ConfigError {
@@ -198,7 +201,12 @@ impl Source<'_> {
     fn parse<T: serde::de::DeserializeOwned>(&self, text: &str) -> Result<T, ConfigError> {
         toml::from_str(text).map_err(|error: toml::de::Error| {
             let line = error.span().map_or(1, |span| {
-                1 + text.as_bytes().iter().take(span.start).filter(|byte| **byte == b'\n').count()
+                1 + text
+                    .as_bytes()
+                    .iter()
+                    .take(span.start)
+                    .filter(|byte| **byte == b'\n')
+                    .count()
             });
             let message = error.message().replace('\n', "; ");
             self.error(format!("line {line}: {message}"))
@@ -207,7 +215,9 @@ impl Source<'_> {
 
     fn path(&self, path: PathBuf) -> PathBuf {
         // `join` keeps an absolute path as it is.
-        self.file.parent().map_or(path.clone(), |directory| directory.join(path))
+        self.file
+            .parent()
+            .map_or(path.clone(), |directory| directory.join(path))
     }
 
     fn node_name(&self, key: &str, text: String) -> Result<NodeName, ConfigError> {
@@ -303,7 +313,11 @@ impl Source<'_> {
             DEFAULT_CHUNK_BYTES,
             MIN_CHUNK_BYTES,
         )?;
-        Ok(ArchiveConfig { url: raw.url, chunk_interval, chunk_bytes })
+        Ok(ArchiveConfig {
+            url: raw.url,
+            chunk_interval,
+            chunk_bytes,
+        })
     }
 
     fn journal(&self, raw: RawJournal) -> Result<JournalConfig, ConfigError> {
@@ -319,7 +333,10 @@ impl Source<'_> {
             DEFAULT_JOURNAL_LIMIT_BYTES,
             segment_bytes.saturating_mul(MIN_SEGMENTS),
         )?;
-        Ok(JournalConfig { segment_bytes, limit_bytes })
+        Ok(JournalConfig {
+            segment_bytes,
+            limit_bytes,
+        })
     }
 }
 
@@ -380,7 +397,11 @@ impl ClientConfig {
         if let Some(url) = &raw.archive {
             check_archive_url(url).map_err(|problem| source.key_error("archive", problem))?;
         }
-        let tls = RawTls { ca: raw.ca, certificate: raw.certificate, key: raw.key };
+        let tls = RawTls {
+            ca: raw.ca,
+            certificate: raw.certificate,
+            key: raw.key,
+        };
         Ok(Self {
             file: source.file.to_owned(),
             sidecar: raw.sidecar,
@@ -423,7 +444,10 @@ fn find_client_config(env: impl Fn(&str) -> Option<PathBuf>) -> anyhow::Result<P
     if let Some(found) = candidates.iter().find(|file| file.exists()) {
         return Ok(found.clone());
     }
-    let tried: Vec<_> = candidates.iter().map(|file| file.display().to_string()).collect();
+    let tried: Vec<_> = candidates
+        .iter()
+        .map(|file| file.display().to_string())
+        .collect();
     anyhow::bail!(
         "no client config: looked for {}; set DUROVFS_CONFIG, or start `durovfs dev`",
         tried.join(", ")
@@ -434,16 +458,26 @@ fn check_host_port(text: &str) -> Result<(), String> {
     let valid = text.rsplit_once(':').is_some_and(|(host, port)| {
         !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0)
     });
-    if valid { Ok(()) } else { Err(format!("{text:?} is not HOST:PORT")) }
-}
-
-fn check_archive_url(url: &str) -> Result<(), String> {
-    let valid = url.strip_prefix("file://").is_some_and(|path| path.starts_with('/'))
-        || url.strip_prefix("s3://").is_some_and(|bucket| !bucket.is_empty());
     if valid {
         Ok(())
     } else {
-        Err(format!("{url:?} is neither file:///DIRECTORY nor s3://BUCKET/PREFIX"))
+        Err(format!("{text:?} is not HOST:PORT"))
+    }
+}
+
+fn check_archive_url(url: &str) -> Result<(), String> {
+    let valid = url
+        .strip_prefix("file://")
+        .is_some_and(|path| path.starts_with('/'))
+        || url
+            .strip_prefix("s3://")
+            .is_some_and(|bucket| !bucket.is_empty());
+    if valid {
+        Ok(())
+    } else {
+        Err(format!(
+            "{url:?} is neither file:///DIRECTORY nor s3://BUCKET/PREFIX"
+        ))
     }
 }
 
@@ -467,7 +501,11 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         "m" => 60_000,
         "h" => 3_600_000,
         "d" => 86_400_000,
-        _ => return Err(format!("{text:?} is not a duration such as 500ms, 10s, 5m, 2h")),
+        _ => {
+            return Err(format!(
+                "{text:?} is not a duration such as 500ms, 10s, 5m, 2h"
+            ));
+        }
     };
     number
         .parse::<u64>()
@@ -498,7 +536,9 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
 
 fn split_unit(text: &str) -> (&str, &str) {
     let text = text.trim();
-    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let end = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(end);
     (number, unit.trim_start())
 }

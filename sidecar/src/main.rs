@@ -21,7 +21,12 @@ use std::process::ExitCode;
 ///
 /// Exit status: 0 done, 1 failed, 2 usage, 3 no such database, 4 moment not covered by the archive.
 #[derive(Parser)]
-#[command(name = "durovfs", version, propagate_version = true, verbatim_doc_comment)]
+#[command(
+    name = "durovfs",
+    version,
+    propagate_version = true,
+    verbatim_doc_comment
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

@@ -3,9 +3,11 @@
 //! Every command ends in `Ok` or in one [`Failure`], which `main` prints as one line. Commands read
 //! and print; what a sidecar does lives in `daemon`, what an archive holds in its crate.
 
+mod ask;
 pub mod dev;
 pub mod history;
 pub mod init;
+mod layout;
 pub mod restore;
 pub mod sidecar;
 pub mod status;
@@ -31,7 +33,10 @@ pub struct Failure {
 impl Failure {
     /// A failure with this exit status and message.
     pub fn new(status: u8, message: impl Into<String>) -> Self {
-        Self { status, message: message.into() }
+        Self {
+            status,
+            message: message.into(),
+        }
     }
 
     /// The message as one line, whatever it was made of.
@@ -44,13 +49,19 @@ impl Failure {
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
         // `{:#}` prints the whole chain of causes on one line.
-        Self { status: EXIT_FAILED, message: format!("{error:#}") }
+        Self {
+            status: EXIT_FAILED,
+            message: format!("{error:#}"),
+        }
     }
 }
 
 impl From<crate::config::ConfigError> for Failure {
     fn from(error: crate::config::ConfigError) -> Self {
-        Self { status: EXIT_FAILED, message: error.to_string() }
+        Self {
+            status: EXIT_FAILED,
+            message: error.to_string(),
+        }
     }
 }
 

@@ -33,7 +33,12 @@ chunk_bytes = "1MiB"
 "#;
 
 fn parse(text: &str) -> Result<SidecarConfig, ConfigError> {
-    SidecarConfig::parse(&Source { file: Path::new("/c/nodes/primary/sidecar.toml") }, text)
+    SidecarConfig::parse(
+        &Source {
+            file: Path::new("/c/nodes/primary/sidecar.toml"),
+        },
+        text,
+    )
 }
 
 #[test]
@@ -57,14 +62,38 @@ fn each_refusal_names_the_file_and_the_key() {
     // Broken: an operator with a typo would have to guess which of a hundred lines it is in, or a
     // cluster would start with a quorum that protects nothing.
     let cases = [
-        ("node = \"primary\"", "node = \"other\"", "key node: other is not among nodes"),
-        ("node = \"primary\"", "node = \"../x\"", "key node: node name \"../x\""),
+        (
+            "node = \"primary\"",
+            "node = \"other\"",
+            "key node: other is not among nodes",
+        ),
+        (
+            "node = \"primary\"",
+            "node = \"../x\"",
+            "key node: node name \"../x\"",
+        ),
         ("127.0.0.1:4001\"\ndata", "nowhere\"\ndata", "key listen"),
-        ("\"replica-3\"]", "\"replica-9\"]", "key replicas: replica-9 is not among nodes"),
-        ("\"replica-3\"]", "\"replica-1\"]", "key replicas: replica-1 is listed twice"),
-        ("\n[tls]", "ack_quorum = 1\n[tls]", "key ack_quorum: 1 of 3 replicas; use 2 to 3"),
+        (
+            "\"replica-3\"]",
+            "\"replica-9\"]",
+            "key replicas: replica-9 is not among nodes",
+        ),
+        (
+            "\"replica-3\"]",
+            "\"replica-1\"]",
+            "key replicas: replica-1 is listed twice",
+        ),
+        (
+            "\n[tls]",
+            "ack_quorum = 1\n[tls]",
+            "key ack_quorum: 1 of 3 replicas; use 2 to 3",
+        ),
         ("\n[tls]", "ack_quorum = 4\n[tls]", "key ack_quorum: 4 of 3"),
-        ("\n[tls]", "colour = 1\n[tls]", "line 6: unknown field `colour`"),
+        (
+            "\n[tls]",
+            "colour = 1\n[tls]",
+            "line 6: unknown field `colour`",
+        ),
         ("s3://bucket/prefix", "ftp://x", "key archive.url"),
         ("s3://bucket/prefix", "file://relative", "key archive.url"),
         ("500ms", "0s", "key archive.chunk_interval"),
@@ -72,12 +101,21 @@ fn each_refusal_names_the_file_and_the_key() {
         ("1MiB", "1MB", "key archive.chunk_bytes"),
         ("1MiB", "1", "key archive.chunk_bytes"),
         ("a.example:4002", "a.example", "key nodes.address"),
-        ("name = \"replica-2\"", "name = \"replica-1\"", "key nodes: replica-1 is listed twice"),
+        (
+            "name = \"replica-2\"",
+            "name = \"replica-1\"",
+            "key nodes: replica-1 is listed twice",
+        ),
     ];
     for (from, to, expected) in cases {
         assert!(SIDECAR.contains(from), "{from}");
-        let text = parse(&SIDECAR.replacen(from, to, 1)).unwrap_err().to_string();
-        assert!(text.starts_with("config /c/nodes/primary/sidecar.toml: "), "{text}");
+        let text = parse(&SIDECAR.replacen(from, to, 1))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            text.starts_with("config /c/nodes/primary/sidecar.toml: "),
+            "{text}"
+        );
         assert!(text.contains(expected), "{to}: {text}");
         assert_eq!(text.lines().count(), 1, "{text}");
     }
@@ -87,7 +125,12 @@ fn each_refusal_names_the_file_and_the_key() {
 fn a_journal_must_have_room_for_its_segments() {
     // Broken: a journal could fill up with its first segment and refuse every commit.
     let text = format!("{SIDECAR}\n[journal]\nsegment_bytes = \"8MiB\"\nlimit_bytes = \"16MiB\"\n");
-    assert!(parse(&text).unwrap_err().to_string().contains("key journal.limit_bytes"));
+    assert!(
+        parse(&text)
+            .unwrap_err()
+            .to_string()
+            .contains("key journal.limit_bytes")
+    );
 }
 
 #[test]
@@ -114,13 +157,18 @@ fn a_client_config_is_read_and_checked() {
     // Broken: the commands would talk to a sidecar that nobody configured.
     let text = "sidecar = \"127.0.0.1:4001\"\nnode = \"primary\"\nca = \"ca.pem\"\n\
                 certificate = \"client.pem\"\nkey = \"client.key\"\narchive = \"file:///a\"\n";
-    let source = Source { file: Path::new("/c/client.toml") };
+    let source = Source {
+        file: Path::new("/c/client.toml"),
+    };
     let config = ClientConfig::parse(&source, text).unwrap();
     assert_eq!(config.tls.key, Path::new("/c/client.key"));
     assert_eq!(config.archive.as_deref(), Some("file:///a"));
     let bad = text.replace("127.0.0.1:4001", "4001");
     let error = ClientConfig::parse(&source, &bad).unwrap_err().to_string();
-    assert_eq!(error, "config /c/client.toml: key sidecar: \"4001\" is not HOST:PORT");
+    assert_eq!(
+        error,
+        "config /c/client.toml: key sidecar: \"4001\" is not HOST:PORT"
+    );
 }
 
 #[test]
@@ -128,7 +176,15 @@ fn durations_and_sizes_are_read_with_their_units_only() {
     // Broken: "10" would be taken for milliseconds by one reader and for seconds by another.
     assert_eq!(parse_duration("5m"), Ok(Duration::from_secs(300)));
     assert_eq!(parse_bytes("4 GiB"), Ok(4 << 30));
-    for bad in ["10", "", "s", "-1s", "1.5s", "99999999999999999999s", "10 weeks"] {
+    for bad in [
+        "10",
+        "",
+        "s",
+        "-1s",
+        "1.5s",
+        "99999999999999999999s",
+        "10 weeks",
+    ] {
         assert!(parse_duration(bad).is_err(), "{bad}");
     }
     for bad in ["", "MiB", "16mb", "-1", "99999999999TiB"] {

@@ -1,0 +1,172 @@
+//! Questions to a running sidecar, over the client protocol: connect, say hello, ask, wait.
+//!
+//! No printing and no exit statuses of single commands; every question has a time limit.
+
+use super::{EXIT_FAILED, Failure};
+use crate::config::ClientConfig;
+use bytes::Bytes;
+use durovfs_link::{Endpoint, FrameReceiver, FrameSender, Identity, Profile};
+use durovfs_wire::client::{ClientMessage, SidecarMessage};
+use durovfs_wire::status::{DatabaseStatus, NodeStatus};
+use durovfs_wire::{ClientId, Frame};
+use std::time::Duration;
+
+/// Longest wait for a connection or an answer: a sidecar answers from memory, so that one which
+/// does not within this time is stopped or out of reach.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest wait for the goodbye to leave the socket.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// A connection to a sidecar for questions.
+pub struct Asker {
+    peer: String,
+    endpoint: Endpoint,
+    sender: FrameSender,
+    receiver: FrameReceiver,
+    requests: u64,
+}
+
+impl Asker {
+    /// Connects to the sidecar that the configuration names.
+    ///
+    /// # Errors
+    /// When the certificate cannot be used, or the sidecar is not reached or refuses.
+    pub async fn connect(config: &ClientConfig, limit: Duration) -> Result<Self, Failure> {
+        let peer = format!("sidecar {} at {}", config.node, config.sidecar);
+        let tls = &config.tls;
+        let identity = Identity::load(&tls.ca, &tls.certificate, &tls.key)
+            .map_err(|error| Failure::new(EXIT_FAILED, format!("client certificate: {error}")))?;
+        let connecting = Self::connect_with(config, &identity, peer.clone());
+        let connected = tokio::time::timeout(limit, connecting).await;
+        let problem = match connected {
+            Ok(Ok(asker)) => return Ok(asker),
+            Ok(Err(problem)) => problem,
+            Err(_) => format!("no answer within {limit:?}; is it running?"),
+        };
+        Err(Failure::new(
+            EXIT_FAILED,
+            format!(
+                "{peer}: {problem} (client config {})",
+                config.file.display()
+            ),
+        ))
+    }
+
+    async fn connect_with(
+        config: &ClientConfig,
+        identity: &Identity,
+        peer: String,
+    ) -> Result<Self, String> {
+        let mut addresses = tokio::net::lookup_host(&config.sidecar)
+            .await
+            .map_err(|error| format!("look up its address: {error}"))?;
+        let address = addresses.next().ok_or("its name has no address")?;
+        let endpoint =
+            Endpoint::client(identity, Profile::Auto).map_err(|error| error.to_string())?;
+        let connection = endpoint
+            .connect(address, &config.node)
+            .await
+            .map_err(|error| error.to_string())?;
+        let (sender, receiver) = connection
+            .open_stream()
+            .await
+            .map_err(|error| error.to_string())?;
+        let mut asker = Self {
+            peer,
+            endpoint,
+            sender,
+            receiver,
+            requests: 0,
+        };
+        let mut id = [0; 16];
+        getrandom::fill(&mut id).map_err(|error| format!("draw a client id: {error}"))?;
+        let description = format!("durovfs command line, process {}", std::process::id());
+        asker
+            .send(&ClientMessage::Hello {
+                client: ClientId::from_bytes(id),
+                description,
+            })
+            .await?;
+        match asker.next().await? {
+            SidecarMessage::Welcome { .. } => Ok(asker),
+            other => Err(format!("answered a greeting with {other:?}")),
+        }
+    }
+
+    /// The state of the node.
+    ///
+    /// # Errors
+    /// When no answer comes in time.
+    pub async fn node_status(&mut self) -> Result<NodeStatus, Failure> {
+        self.requests += 1;
+        let request = self.requests;
+        match self.ask(&ClientMessage::NodeStatus { request }).await? {
+            SidecarMessage::NodeStatus { status, .. } => Ok(status),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// The state of one database; none when the node has none of that name.
+    ///
+    /// # Errors
+    /// When no answer comes in time.
+    pub async fn database_status(&mut self, name: &str) -> Result<Option<DatabaseStatus>, Failure> {
+        self.requests += 1;
+        let question = ClientMessage::DatabaseStatus {
+            request: self.requests,
+            name: name.to_owned(),
+        };
+        match self.ask(&question).await? {
+            SidecarMessage::DatabaseStatus { status, .. } => Ok(status),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// Says goodbye.
+    pub async fn close(self) {
+        self.endpoint.close("done");
+        self.endpoint.wait_idle(CLOSE_TIMEOUT).await;
+    }
+
+    async fn ask(&mut self, question: &ClientMessage) -> Result<SidecarMessage, Failure> {
+        let exchange = async {
+            self.send(question).await?;
+            self.next().await
+        };
+        let problem = match tokio::time::timeout(ANSWER_TIMEOUT, exchange).await {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(problem)) => problem,
+            Err(_) => format!("no answer within {ANSWER_TIMEOUT:?}"),
+        };
+        Err(Failure::new(
+            EXIT_FAILED,
+            format!("{}: {problem}", self.peer),
+        ))
+    }
+
+    fn unexpected(&self, answer: &SidecarMessage) -> Failure {
+        let problem = match answer {
+            SidecarMessage::Failed { message, .. } => message.clone(),
+            other => format!("unexpected answer {other:?}"),
+        };
+        Failure::new(EXIT_FAILED, format!("{}: {problem}", self.peer))
+    }
+
+    async fn send(&mut self, message: &ClientMessage) -> Result<(), String> {
+        let frame = Frame::encode(message, Bytes::new()).map_err(|error| error.to_string())?;
+        self.sender
+            .send(&[frame])
+            .await
+            .map_err(|error| error.to_string())
+    }
+
+    async fn next(&mut self) -> Result<SidecarMessage, String> {
+        let frame = self
+            .receiver
+            .recv()
+            .await
+            .map_err(|error| error.to_string())?;
+        let frame = frame.ok_or("the sidecar ended the conversation")?;
+        frame.message().map_err(|error| error.to_string())
+    }
+}
