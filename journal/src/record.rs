@@ -1,0 +1,164 @@
+//! Records: what callers append, and the form in which it is stored.
+
+use durovfs_wire::entry::{EntryPart, PartHeader, TransactionSummary};
+use durovfs_wire::ids::{ClaimantId, DatabaseId};
+use durovfs_wire::position::{Epoch, EpochRun, LogPosition, Lsn};
+use serde::{Deserialize, Serialize};
+
+/// One thing to write down.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Record {
+    /// One part of an entry. Its entry must be the one after the last, or have begun already.
+    Part(EntryPart),
+    /// The promise to serve no older epoch. Makes the database known to this journal.
+    Promise {
+        /// The log.
+        database: DatabaseId,
+        /// Its name in the cluster.
+        name: String,
+        /// The epoch promised.
+        epoch: Epoch,
+        /// To which attempt.
+        claimant: ClaimantId,
+        /// Membership that the claimant goes by.
+        generation: u32,
+    },
+    /// All entries after this one are gone. Must be the database's first record in its append.
+    Truncate {
+        /// The log.
+        database: DatabaseId,
+        /// The last entry that stays.
+        after: LogPosition,
+    },
+    /// The log begins again after this entry: it and all before it are archived. Must be the
+    /// database's first record in its append.
+    Restart {
+        /// The log.
+        database: DatabaseId,
+        /// The entry before the next.
+        at: LogPosition,
+    },
+    /// What is committed and archived. Never goes back; clamped to the entries that are there.
+    Progress {
+        /// The log.
+        database: DatabaseId,
+        /// Known committed.
+        commit_lsn: Lsn,
+        /// Known archived.
+        archive_lsn: Lsn,
+    },
+    /// A whole state. The journal restates all of them at the start of each segment; a caller may
+    /// append one for a database that this journal does not know, with no entries held and all
+    /// committed.
+    State(DatabaseState),
+}
+
+impl Record {
+    /// The log that it belongs to.
+    pub fn database(&self) -> DatabaseId {
+        match self {
+            Self::Part(part) => part.header.database,
+            Self::Promise { database, .. }
+            | Self::Truncate { database, .. }
+            | Self::Restart { database, .. }
+            | Self::Progress { database, .. } => *database,
+            Self::State(state) => state.database,
+        }
+    }
+}
+
+/// What a journal knows of one database.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatabaseState {
+    /// The log.
+    pub database: DatabaseId,
+    /// Its name in the cluster; empty if no promise said it.
+    pub name: String,
+    /// Membership of the last promise.
+    pub generation: u32,
+    /// The highest epoch promised.
+    pub promised: Epoch,
+    /// To which attempt.
+    pub claimant: Option<ClaimantId>,
+    /// The last whole entry.
+    pub last: LogPosition,
+    /// First entry still held; the one after `last` when none is.
+    pub first_lsn: Lsn,
+    /// Known committed.
+    pub commit_lsn: Lsn,
+    /// Known archived.
+    pub archive_lsn: Lsn,
+    /// Runs of the log, oldest first; from the one that holds `archive_lsn` on, at least.
+    pub history: Vec<EpochRun>,
+    /// The last transaction at or below `last`, if it is known.
+    pub last_transaction: Option<TransactionSummary>,
+}
+
+impl DatabaseState {
+    /// Of a database of which nothing is known but its id.
+    pub(crate) fn empty(database: DatabaseId) -> Self {
+        Self {
+            database,
+            name: String::new(),
+            generation: 0,
+            promised: Epoch::ZERO,
+            claimant: None,
+            last: LogPosition::ZERO,
+            first_lsn: Lsn::ZERO.next(),
+            commit_lsn: Lsn::ZERO,
+            archive_lsn: Lsn::ZERO,
+            history: Vec::new(),
+            last_transaction: None,
+        }
+    }
+}
+
+/// A record as it is stored: the header in postcard encoding (the order of the variants is part of
+/// the format); the payload of a part follows it as raw bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Stored {
+    /// Says that all before it is durable, when nothing else came that would say so.
+    Mark,
+    Part(PartHeader),
+    Promise {
+        database: DatabaseId,
+        name: String,
+        epoch: Epoch,
+        claimant: ClaimantId,
+        generation: u32,
+    },
+    Truncate {
+        database: DatabaseId,
+        after: LogPosition,
+        /// As it is afterwards: the entries that would tell may be dropped before this record is.
+        last_transaction: Option<TransactionSummary>,
+    },
+    Restart {
+        database: DatabaseId,
+        at: LogPosition,
+    },
+    Progress {
+        database: DatabaseId,
+        commit_lsn: Lsn,
+        archive_lsn: Lsn,
+    },
+    State {
+        state: DatabaseState,
+        /// The entry that is under way, and how many parts of it are there.
+        pending: Option<(LogPosition, u32)>,
+    },
+}
+
+impl Stored {
+    pub(crate) fn database(&self) -> Option<DatabaseId> {
+        match self {
+            Self::Mark => None,
+            Self::Part(header) => Some(header.database),
+            Self::Promise { database, .. }
+            | Self::Truncate { database, .. }
+            | Self::Restart { database, .. }
+            | Self::Progress { database, .. } => Some(*database),
+            Self::State { state, .. } => Some(state.database),
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! Tests of the journal as a whole.
+
+mod support;
+
+mod basics;
