@@ -1,0 +1,1 @@
+//! Rules of the primary, one by one.

@@ -1,0 +1,501 @@
+//! The replica of one log: what it promised, what it holds, what it may take and ack.
+//!
+//! This file holds claims, progress and the answers; `replica/append.rs` decides over entries. No
+//! I/O: the driver writes to the journal what it is told, in that order, and reports back what is on
+//! disk. `docs/protocol.md` tells the exchanges.
+
+mod append;
+#[cfg(test)]
+mod tests;
+
+use crate::history::History;
+use durovfs_wire::peer::{Claim, Promise, RejectReason, ReplicaMessage};
+use durovfs_wire::{ClaimantId, DatabaseId, Epoch, EpochRun, LogPosition, Lsn, NodeName};
+use std::collections::VecDeque;
+
+/// What a replica's journal holds of a log: read at start, and again after trouble with the disk.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ReplicaState {
+    /// Highest epoch promised.
+    pub promised: Epoch,
+    /// To which attempt.
+    pub claimant: Option<ClaimantId>,
+    /// Membership gone by.
+    pub generation: u32,
+    /// Last complete entry on disk.
+    pub last: LogPosition,
+    /// First entry still held; `last.lsn + 1` when none is (zero counts as one).
+    pub first_lsn: Lsn,
+    /// Known committed.
+    pub commit_lsn: Lsn,
+    /// Known archived.
+    pub archive_lsn: Lsn,
+    /// Runs, from the one that holds `archive_lsn` on, at least.
+    pub history: Vec<EpochRun>,
+}
+
+/// What is to be done with a part.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AppendVerdict {
+    /// Write it to the journal, after what is named here, and call
+    /// [`Replica::handle_part_persisted`] when it is synced. At most one of the two is set.
+    Write {
+        /// First cut the log after this position.
+        truncate_after: Option<LogPosition>,
+        /// First begin the log anew after this position: all up to it is archived.
+        restart_at: Option<LogPosition>,
+    },
+    /// The entry is in the log already: drop the part.
+    Duplicate,
+    /// Drop it and send this to the primary.
+    Reject(RejectReason),
+}
+
+/// What the driver is to do, in this order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ReplicaEffect {
+    /// Write the promise to the journal, and call [`Replica::handle_promise_persisted`] when it, and
+    /// all that was written before it, is synced.
+    PersistPromise {
+        /// Comes back in the call.
+        token: u64,
+        /// The epoch promised.
+        epoch: Epoch,
+        /// To this attempt.
+        claimant: ClaimantId,
+        /// The membership to go by.
+        generation: u32,
+        /// The database's name.
+        name: String,
+    },
+    /// Send a message.
+    Send {
+        /// To this node.
+        node: NodeName,
+        /// The message.
+        message: ReplicaMessage,
+    },
+}
+
+/// The replica of one log.
+///
+/// Call a `handle_*` or [`Replica::check_append`], then [`Replica::poll_effect`] until it gives
+/// nothing. The driver's journal keeps the order in which it was given records, and reports them as
+/// persisted in that order.
+///
+/// When the journal could not write, call [`Replica::handle_trouble`], and make a new replica from
+/// what the journal then holds once it writes again.
+#[derive(Debug)]
+pub struct Replica {
+    database: DatabaseId,
+    promised: Epoch,
+    claimant: Option<ClaimantId>,
+    generation: u32,
+    /// What was promised before `promised`; unknown after a restart, since it is not kept on disk.
+    previous_promise: Option<Epoch>,
+    /// Who was told of the promise. Acks go there; without it no entry is taken.
+    primary: Option<NodeName>,
+    pending: Option<PendingPromise>,
+    next_token: u64,
+    /// Last complete entry handed to the journal.
+    last: LogPosition,
+    flush_lsn: Lsn,
+    first_lsn: Lsn,
+    history: History,
+    /// Which promise each entry was written under, as runs of it: tells a late notice of an entry
+    /// that was cut from one of its second writing.
+    written_under: History,
+    /// The log is known to equal that of the promised epoch's primary up to here. What lies above
+    /// may be a divergent tail, and is neither acked nor taken as committed.
+    matched_lsn: Lsn,
+    commit_lsn_heard: Lsn,
+    commit_lsn: Lsn,
+    archive_lsn_heard: Lsn,
+    open: Option<OpenEntry>,
+    ack_due: bool,
+    trouble: Option<String>,
+    effects: VecDeque<ReplicaEffect>,
+}
+
+#[derive(Debug)]
+struct PendingPromise {
+    token: u64,
+    from: NodeName,
+    epoch: Epoch,
+    claimant: ClaimantId,
+    generation: u32,
+    previous: Epoch,
+}
+
+/// An entry of which parts are still to come.
+#[derive(Debug, Clone, Copy)]
+struct OpenEntry {
+    position: LogPosition,
+    previous: LogPosition,
+    next_part: u32,
+}
+
+impl Replica {
+    /// A replica with what its journal holds.
+    ///
+    /// # Panics
+    /// When the state contradicts itself: the journal is not to be trusted.
+    pub fn new(database: DatabaseId, persisted: ReplicaState) -> Self {
+        let history = match History::from_runs(&persisted.history) {
+            Ok(history) => history,
+            Err(error) => panic!("journal state of database={database}: {error}"),
+        };
+        let last = persisted.last;
+        assert_eq!(
+            history.position_at(last.lsn),
+            Some(last),
+            "journal ends at {last} but its history says otherwise: {:?}",
+            history.runs()
+        );
+        assert!(
+            last.epoch <= persisted.promised,
+            "journal ends at {last}, above promised epoch={}",
+            persisted.promised
+        );
+        let first_lsn = persisted.first_lsn.max(Lsn::new(1));
+        // Entries leave a journal only when they are archived, so all before the first one is.
+        let gone_lsn = first_lsn.previous().unwrap_or(Lsn::ZERO);
+        assert!(
+            gone_lsn <= last.lsn,
+            "journal begins at lsn={first_lsn} but ends at {last}"
+        );
+        let commit_lsn = persisted.commit_lsn.min(last.lsn).max(gone_lsn);
+        let written_under = History::default();
+        // An entry of the promised epoch came from its primary, so the log matches up to it.
+        let matched_lsn = if last.epoch == persisted.promised {
+            last.lsn
+        } else {
+            commit_lsn
+        };
+        Self {
+            database,
+            promised: persisted.promised,
+            claimant: persisted.claimant,
+            generation: persisted.generation,
+            previous_promise: None,
+            primary: None,
+            pending: None,
+            next_token: 1,
+            last,
+            flush_lsn: last.lsn,
+            first_lsn,
+            history,
+            written_under,
+            matched_lsn,
+            commit_lsn_heard: commit_lsn,
+            commit_lsn,
+            archive_lsn_heard: persisted.archive_lsn.max(gone_lsn),
+            open: None,
+            ack_due: false,
+            trouble: None,
+            effects: VecDeque::new(),
+        }
+    }
+
+    /// A claim came. Answered at once when it is refused or a repetition, else after the promise is
+    /// on disk. Whether the present primary is still alive is for the driver to ask before.
+    ///
+    /// # Panics
+    /// When the claim is for another log.
+    pub fn handle_claim(&mut self, from: &NodeName, claim: &Claim) {
+        assert_eq!(
+            claim.database, self.database,
+            "claim of epoch={} went astray",
+            claim.epoch
+        );
+        if let Some(reason) = self.claim_refusal(claim) {
+            self.reject(from, claim.epoch, reason);
+            return;
+        }
+        if let Some(pending) = &mut self.pending
+            && pending.epoch == claim.epoch
+        {
+            // The same attempt again, before the first was on disk: one answer serves both.
+            pending.from = from.clone();
+            return;
+        }
+        if self.pending.is_none() && claim.epoch == self.promised {
+            self.primary = Some(from.clone());
+            self.send_promise();
+            return;
+        }
+        let mut previous = self.promised;
+        if let Some(replaced) = self.pending.take() {
+            // Never answered, but it may be on disk, and a restart would tell it.
+            previous = replaced.epoch;
+            let reason = RejectReason::Fenced {
+                promised: claim.epoch,
+            };
+            self.reject(&replaced.from, replaced.epoch, reason);
+        }
+        let token = self.next_token;
+        self.next_token += 1;
+        self.pending = Some(PendingPromise {
+            token,
+            from: from.clone(),
+            epoch: claim.epoch,
+            claimant: claim.claimant,
+            generation: claim.generation,
+            previous,
+        });
+        self.effects.push_back(ReplicaEffect::PersistPromise {
+            token,
+            epoch: claim.epoch,
+            claimant: claim.claimant,
+            generation: claim.generation,
+            name: claim.name.clone(),
+        });
+    }
+
+    fn claim_refusal(&self, claim: &Claim) -> Option<RejectReason> {
+        if let Some(message) = &self.trouble {
+            return Some(RejectReason::Storage {
+                message: message.clone(),
+            });
+        }
+        let (epoch, claimant, generation) = match &self.pending {
+            Some(pending) => (pending.epoch, Some(pending.claimant), pending.generation),
+            None => (self.promised, self.claimant, self.generation),
+        };
+        if claim.generation < generation {
+            return Some(RejectReason::Generation {
+                current: generation,
+            });
+        }
+        let repeated = claim.epoch == epoch
+            && Some(claim.claimant) == claimant
+            && claim.generation == generation;
+        (claim.epoch <= epoch && !repeated).then_some(RejectReason::Fenced { promised: epoch })
+    }
+
+    /// The promise, and all that was written to the journal before it, is on disk. Ignored when a
+    /// later claim replaced it.
+    pub fn handle_promise_persisted(&mut self, token: u64) {
+        let Some(pending) = self.pending.take_if(|pending| pending.token == token) else {
+            return;
+        };
+        assert!(
+            pending.epoch > self.promised,
+            "promise of epoch={} persisted after one of epoch={}",
+            pending.epoch,
+            self.promised
+        );
+        self.promised = pending.epoch;
+        self.claimant = Some(pending.claimant);
+        self.generation = pending.generation;
+        self.previous_promise = Some(pending.previous);
+        self.primary = Some(pending.from);
+        // What is committed is in the log of every later primary; of the rest nothing is known yet.
+        self.matched_lsn = self.commit_lsn;
+        self.open = None;
+        self.ack_due = false;
+        // Only now: the answer must not be seen before the promise is on disk.
+        self.send_promise();
+    }
+
+    /// The journal could not write. No entry is taken and nothing is acked or promised any more; the
+    /// driver makes a new replica from the journal's state when it writes again.
+    pub fn handle_trouble(&mut self, message: String) {
+        if let Some(pending) = self.pending.take() {
+            let reason = RejectReason::Storage {
+                message: message.clone(),
+            };
+            self.reject(&pending.from, pending.epoch, reason);
+        }
+        self.ack_due = false;
+        self.open = None;
+        if self.trouble.is_none()
+            && let Some(primary) = self.primary.clone()
+        {
+            let reason = RejectReason::Storage {
+                message: message.clone(),
+            };
+            self.reject(&primary, self.promised, reason);
+        }
+        self.trouble = Some(message);
+    }
+
+    fn send_promise(&mut self) {
+        let Some(node) = self.primary.clone() else {
+            return;
+        };
+        let Some(claimant) = self.claimant else {
+            panic!("promised epoch={} to nobody", self.promised)
+        };
+        let last = self.flushed_position();
+        let mut history = self.history.clone();
+        history.truncate_after(last.lsn);
+        let promise = Promise {
+            database: self.database,
+            generation: self.generation,
+            epoch: self.promised,
+            claimant,
+            // Not knowing is told as this epoch itself, which no burial accepts.
+            previous_promise: self.previous_promise.unwrap_or(self.promised),
+            last,
+            commit_lsn: self.commit_lsn,
+            archive_lsn: self.archive_lsn(),
+            history: history.runs().to_vec(),
+        };
+        self.effects.push_back(ReplicaEffect::Send {
+            node,
+            message: ReplicaMessage::Promised(promise),
+        });
+    }
+
+    fn flushed_position(&self) -> LogPosition {
+        match self.history.position_at(self.flush_lsn) {
+            Some(position) => position,
+            None => panic!(
+                "epoch of flush_lsn={} is unknown, log ends at {}, runs {:?}",
+                self.flush_lsn,
+                self.last,
+                self.history.runs()
+            ),
+        }
+    }
+
+    fn reject(&mut self, node: &NodeName, epoch: Epoch, reason: RejectReason) {
+        let message = ReplicaMessage::Rejected {
+            database: self.database,
+            epoch,
+            reason,
+        };
+        self.effects.push_back(ReplicaEffect::Send {
+            node: node.clone(),
+            message,
+        });
+    }
+
+    /// The primary told what is committed and archived. Ignored unless its epoch is the one promised.
+    pub fn handle_progress(&mut self, epoch: Epoch, commit_lsn: Lsn, archive_lsn: Lsn) {
+        if self.pending.is_none() && epoch == self.promised {
+            self.hear_progress(commit_lsn, archive_lsn);
+        }
+    }
+
+    fn hear_progress(&mut self, commit_lsn: Lsn, archive_lsn: Lsn) {
+        self.commit_lsn_heard = self.commit_lsn_heard.max(commit_lsn);
+        self.archive_lsn_heard = self.archive_lsn_heard.max(archive_lsn.min(commit_lsn));
+        self.raise_commit();
+    }
+
+    fn raise_commit(&mut self) {
+        let held_lsn = self.flush_lsn.min(self.matched_lsn);
+        self.commit_lsn = self.commit_lsn.max(self.commit_lsn_heard.min(held_lsn));
+        assert!(
+            self.commit_lsn <= self.flush_lsn && self.flush_lsn <= self.last.lsn,
+            "commit_lsn={} flush_lsn={} last {} in epoch={}",
+            self.commit_lsn,
+            self.flush_lsn,
+            self.last,
+            self.promised
+        );
+        self.history.forget_below(self.archive_lsn());
+    }
+
+    /// Whether entries may be read for a primary that recovers or catches up.
+    ///
+    /// # Errors
+    /// The refusal to send: the epoch is not the one promised, or the entries are not all held.
+    pub fn check_fetch(
+        &self,
+        epoch: Epoch,
+        first_lsn: Lsn,
+        last_lsn: Lsn,
+    ) -> Result<(), RejectReason> {
+        if self.pending.is_some() || epoch != self.promised {
+            return Err(RejectReason::Fenced {
+                promised: self.promised(),
+            });
+        }
+        if first_lsn < self.first_lsn || first_lsn > last_lsn || last_lsn > self.flush_lsn {
+            return Err(RejectReason::Gap {
+                last: self.flushed_position(),
+            });
+        }
+        Ok(())
+    }
+
+    /// The log.
+    pub fn database(&self) -> DatabaseId {
+        self.database
+    }
+
+    /// The highest epoch promised, or about to be.
+    pub fn promised(&self) -> Epoch {
+        self.pending
+            .as_ref()
+            .map_or(self.promised, |pending| pending.epoch)
+    }
+
+    /// Membership gone by.
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// The node that the promise was given to, since this replica started.
+    pub fn primary(&self) -> Option<&NodeName> {
+        self.primary.as_ref()
+    }
+
+    /// The last complete entry handed to the journal.
+    pub fn last(&self) -> LogPosition {
+        self.last
+    }
+
+    /// The last entry on disk.
+    pub fn flush_lsn(&self) -> Lsn {
+        self.flush_lsn
+    }
+
+    /// Known committed, and on disk.
+    pub fn commit_lsn(&self) -> Lsn {
+        self.commit_lsn
+    }
+
+    /// Known archived, and committed.
+    pub fn archive_lsn(&self) -> Lsn {
+        self.archive_lsn_heard.min(self.commit_lsn)
+    }
+
+    /// Entries at or below may be dropped from the journal, once the journal has persisted both
+    /// values that this is made of.
+    pub fn droppable_lsn(&self) -> Lsn {
+        self.archive_lsn().min(self.commit_lsn).min(self.flush_lsn)
+    }
+
+    /// The epochs of the log.
+    pub fn history(&self) -> &History {
+        &self.history
+    }
+
+    /// Why nothing is taken now, if so.
+    pub fn trouble(&self) -> Option<&str> {
+        self.trouble.as_deref()
+    }
+
+    /// The next thing to do. Poll until there is none. One ack, the newest, serves all entries.
+    pub fn poll_effect(&mut self) -> Option<ReplicaEffect> {
+        if let Some(effect) = self.effects.pop_front() {
+            return Some(effect);
+        }
+        if !std::mem::take(&mut self.ack_due) || self.pending.is_some() {
+            return None;
+        }
+        let message = ReplicaMessage::Ack {
+            database: self.database,
+            epoch: self.promised,
+            generation: self.generation,
+            flush_lsn: self.flush_lsn.min(self.matched_lsn),
+        };
+        self.primary
+            .clone()
+            .map(|node| ReplicaEffect::Send { node, message })
+    }
+}
