@@ -1,1 +1,13 @@
-//! Placeholder.
+//! What the tests of whole processes share: clusters, applications, and readers of what they leave
+//! on disk. The cases are in `tests/`; nothing in here decides whether the product is right.
+
+#![forbid(unsafe_code)]
+
+pub mod app;
+pub mod binaries;
+pub mod cluster;
+pub mod image;
+pub mod outcomes;
+pub mod replay;
+pub mod seed;
+pub mod source;

@@ -1,0 +1,121 @@
+//! Replays a node's journal: what a replica would have if its journal were all that is left.
+
+use durovfs_journal::{DatabaseState, Journal, JournalOptions};
+use durovfs_wire::entry::SlotIndex;
+use durovfs_wire::{DatabaseChecksum, Lsn, PageChecksum, PageNo, PartKind};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// What a journal holds of one database.
+#[derive(Debug)]
+pub struct Replayed {
+    /// State that the journal tells.
+    pub state: DatabaseState,
+    /// Pages after its last transaction; empty when older entries were dropped.
+    pub pages: BTreeMap<PageNo, Vec<u8>>,
+    /// The last transaction replayed.
+    pub lsn: Lsn,
+    /// Checksum that it carries.
+    pub carried: DatabaseChecksum,
+}
+
+impl Replayed {
+    /// Checksum of the pages themselves.
+    pub fn checksum(&self) -> DatabaseChecksum {
+        let mut checksum = DatabaseChecksum::EMPTY;
+        for (page_no, image) in &self.pages {
+            checksum.toggle(PageChecksum::of(*page_no, image));
+        }
+        checksum
+    }
+
+    /// The pages as a database file.
+    ///
+    /// # Panics
+    /// When a page is missing.
+    pub fn image(&self) -> Vec<u8> {
+        let mut image = Vec::new();
+        for (number, (page_no, page)) in (1..).zip(&self.pages) {
+            assert_eq!(page_no.get(), number, "a page is missing");
+            image.extend_from_slice(page);
+        }
+        image
+    }
+}
+
+/// Copies a journal's directory. Its node may run: what it appends meanwhile may be torn.
+///
+/// # Panics
+/// When that fails.
+pub fn copy_journal(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("make the copy's directory");
+    for entry in std::fs::read_dir(from).expect("list the journal") {
+        let path = entry.expect("list the journal").path();
+        if path.is_file() {
+            std::fs::copy(&path, to.join(path.file_name().expect("a name"))).expect("copy a file");
+        }
+    }
+}
+
+/// Replays every committed entry of a database from its first on, out of a copy of a journal.
+///
+/// # Panics
+/// When the journal cannot be read, or lacks the beginning.
+pub fn replay(journal_directory: &Path, name: &Path) -> Replayed {
+    let (journal, states) = Journal::open(JournalOptions {
+        directory: journal_directory.to_owned(),
+        sync: false,
+        segment_bytes: 64 << 20,
+        limit_bytes: 16 << 30,
+    })
+    .unwrap_or_else(|error| panic!("open {}: {error}", journal_directory.display()));
+    let name = name.to_string_lossy();
+    let state = states.into_iter().find(|state| state.name == name);
+    let state = state.unwrap_or_else(|| panic!("{} has no {name}", journal_directory.display()));
+    assert_eq!(
+        state.first_lsn,
+        Lsn::new(1),
+        "the journal lacks the beginning: {state:?}"
+    );
+    let mut replayed = Replayed {
+        pages: BTreeMap::new(),
+        lsn: Lsn::ZERO,
+        carried: DatabaseChecksum::EMPTY,
+        state,
+    };
+    let last = replayed.state.last.lsn;
+    let parts = journal
+        .parts(replayed.state.database, Lsn::new(1), last)
+        .expect("read entries");
+    // Images of the open entry, by order of arrival.
+    let mut images: Vec<Vec<u8>> = Vec::new();
+    let mut index = SlotIndex::default();
+    for part in parts {
+        let part = part.expect("read a part");
+        if part.header.part == 0 {
+            images.clear();
+            index = SlotIndex::default();
+        }
+        for slot in part.slots().expect("slots") {
+            index.insert(slot.slot, slot.page_no, images.len());
+            images.push(slot.image.to_vec());
+        }
+        if let PartKind::Commit(commit) = part.header.kind {
+            if commit.whole_image {
+                replayed.pages.clear();
+            }
+            for (page_no, token) in std::mem::take(&mut index).finish(commit.slot_count) {
+                replayed
+                    .pages
+                    .insert(page_no, std::mem::take(&mut images[token]));
+            }
+            replayed
+                .pages
+                .retain(|page_no, _| page_no.get() <= commit.page_count);
+            replayed.lsn = part.header.lsn;
+            replayed.carried = commit.checksum;
+        }
+    }
+    journal.close();
+    replayed
+}
