@@ -17,6 +17,8 @@ pub mod normalize;
 pub mod restore;
 pub mod snapshot;
 pub mod store;
+#[cfg(test)]
+mod testing;
 pub mod uploader;
 pub mod when;
 
