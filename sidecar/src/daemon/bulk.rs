@@ -1,0 +1,212 @@
+//! Long transfers of entries, each a task with a stream of its own: catching up, recovery, reading
+//! the log. One part is in memory at a time; the disk is read on a blocking thread.
+
+use super::event::{Event, EventSender, JournalEvent};
+use super::outbox::Outbox;
+use durovfs_journal::{Journal, JournalError, Record};
+use durovfs_link::Connection;
+use durovfs_wire::peer::{PrimaryMessage, ReplicaMessage};
+use durovfs_wire::{DatabaseId, EntryPart, Epoch, Frame, LogPosition, Lsn, NodeName, PartHeader};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// Parts that the reading thread may be ahead of the network: one being sent, one ready.
+const PARTS_AHEAD: usize = 2;
+/// How often a transfer of a large entry tells that it moves.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Reads entries on a blocking thread.
+fn read_parts(
+    journal: &Journal,
+    database: DatabaseId,
+    first_lsn: Lsn,
+    last_lsn: Lsn,
+) -> mpsc::Receiver<Result<EntryPart, JournalError>> {
+    let (sender, receiver) = mpsc::channel(PARTS_AHEAD);
+    let journal = journal.clone();
+    tokio::task::spawn_blocking(move || match journal.parts(database, first_lsn, last_lsn) {
+        Err(error) => drop(sender.blocking_send(Err(error))),
+        Ok(parts) => {
+            for part in parts {
+                if sender.blocking_send(part).is_err() {
+                    return; // the transfer was given up
+                }
+            }
+        }
+    });
+    receiver
+}
+
+/// What a bulk feed sends, and as whom.
+pub struct BulkFeed {
+    pub database: DatabaseId,
+    pub node: NodeName,
+    pub feed: u64,
+    pub generation: u32,
+    pub epoch: Epoch,
+    pub previous: LogPosition,
+    pub last_lsn: Lsn,
+    pub commit_lsn: Lsn,
+    pub archive_lsn: Lsn,
+}
+
+/// Sends the entries after `previous` up to `last_lsn` to a replica, then reports.
+pub fn spawn_feed(job: BulkFeed, journal: &Journal, link: Rc<Connection>, events: EventSender) {
+    let parts = read_parts(journal, job.database, job.previous.lsn.next(), job.last_lsn);
+    tokio::task::spawn_local(async move {
+        let (database, node, feed) = (job.database, job.node.clone(), job.feed);
+        let result = feed_entries(job, parts, &link, &events).await;
+        events.send(Event::BulkSent { database, node, feed, result }).await;
+    });
+}
+
+async fn feed_entries(
+    job: BulkFeed,
+    mut parts: mpsc::Receiver<Result<EntryPart, JournalError>>,
+    link: &Connection,
+    events: &EventSender,
+) -> Result<LogPosition, String> {
+    let (mut sender, _receiver) = link.open_stream().await.map_err(|error| error.to_string())?;
+    let mut previous = job.previous;
+    let mut told = Instant::now();
+    while let Some(part) = parts.recv().await {
+        let part = part.map_err(|error| error.to_string())?;
+        let header = part.header;
+        let message = PrimaryMessage::Append {
+            generation: job.generation,
+            epoch: job.epoch,
+            previous,
+            commit_lsn: job.commit_lsn,
+            archive_lsn: job.archive_lsn,
+            part: header,
+        };
+        let frame = Frame::encode(&message, part.payload).map_err(|error| error.to_string())?;
+        sender.send(&[frame]).await.map_err(|error| error.to_string())?;
+        if header.is_last() {
+            previous = header.position();
+        }
+        if told.elapsed() >= PROGRESS_INTERVAL {
+            told = Instant::now();
+            let (database, node, feed) = (job.database, job.node.clone(), job.feed);
+            events.send(Event::BulkProgress { database, node, feed }).await;
+        }
+    }
+    sender.finish();
+    if previous.lsn != job.last_lsn {
+        return Err(format!("the journal ended at {previous}, not at lsn {}", job.last_lsn));
+    }
+    Ok(previous)
+}
+
+/// Answers a question for entries, on the stream that it came on.
+pub fn spawn_answer<M: serde::Serialize + 'static>(
+    journal: &Journal,
+    database: DatabaseId,
+    (first_lsn, last_lsn): (Lsn, Lsn),
+    outbox: Outbox,
+    part_message: fn(PartHeader) -> M,
+    end_message: fn(Option<String>) -> M,
+) {
+    let mut parts = read_parts(journal, database, first_lsn, last_lsn);
+    tokio::task::spawn_local(async move {
+        let mut error = None;
+        while let Some(part) = parts.recv().await {
+            match part {
+                Err(problem) => {
+                    error = Some(problem.to_string());
+                    break;
+                }
+                Ok(part) => {
+                    if !push(&outbox, &part_message(part.header), part.payload).await {
+                        return;
+                    }
+                }
+            }
+        }
+        push(&outbox, &end_message(error), bytes::Bytes::new()).await;
+    });
+}
+
+async fn push<M: serde::Serialize>(outbox: &Outbox, message: &M, payload: bytes::Bytes) -> bool {
+    match Frame::encode(message, payload) {
+        Ok(frame) => outbox.push_when_room(frame).await.is_ok(),
+        Err(error) => {
+            tracing::error!(%error, "a part is larger than a frame");
+            false
+        }
+    }
+}
+
+/// What recovery needs from a donor.
+pub struct FetchJob {
+    pub database: DatabaseId,
+    pub epoch: Epoch,
+    pub donor: NodeName,
+    pub first_lsn: Lsn,
+    pub last: LogPosition,
+}
+
+/// Fetches entries from a donor into our own journal, then reports.
+pub fn spawn_fetch(job: FetchJob, journal: Journal, link: Rc<Connection>, events: EventSender) {
+    tokio::task::spawn_local(async move {
+        let result = fetch_entries(&job, &journal, &link).await;
+        let FetchJob { database, epoch, donor, .. } = job;
+        events.send(Event::Fetched { database, epoch, donor, result }).await;
+    });
+}
+
+async fn fetch_entries(
+    job: &FetchJob,
+    journal: &Journal,
+    link: &Connection,
+) -> Result<(), String> {
+    let (mut sender, mut receiver) =
+        link.open_stream().await.map_err(|error| error.to_string())?;
+    let question = PrimaryMessage::Fetch {
+        database: job.database,
+        epoch: job.epoch,
+        first_lsn: job.first_lsn,
+        last_lsn: job.last.lsn,
+    };
+    let frame =
+        Frame::encode(&question, bytes::Bytes::new()).map_err(|error| error.to_string())?;
+    sender.send(&[frame]).await.map_err(|error| error.to_string())?;
+    let mut last = LogPosition::ZERO;
+    while let Some(frame) = receiver.recv().await.map_err(|error| error.to_string())? {
+        match frame.message::<ReplicaMessage>().map_err(|error| error.to_string())? {
+            ReplicaMessage::FetchedPart { part } => {
+                let entry = EntryPart { header: part, payload: frame.payload().clone() };
+                entry.slots().map_err(|error| error.to_string())?;
+                write_part(journal, entry).await?;
+                if part.is_last() {
+                    last = part.position();
+                }
+            }
+            ReplicaMessage::FetchEnd { error: Some(error) } => return Err(error),
+            ReplicaMessage::FetchEnd { error: None } if last == job.last => return Ok(()),
+            ReplicaMessage::FetchEnd { error: None } => {
+                return Err(format!("the donor sent up to {last}, promised was {}", job.last));
+            }
+            ReplicaMessage::Rejected { reason, .. } => return Err(format!("{reason:?}")),
+            other => return Err(format!("unexpected answer to a fetch: {other:?}")),
+        }
+    }
+    Err("the donor's stream ended".to_owned())
+}
+
+async fn write_part(journal: &Journal, entry: EntryPart) -> Result<(), String> {
+    let (done, written) = tokio::sync::oneshot::channel();
+    journal.append(
+        vec![Record::Part(entry)],
+        Box::new(move |result| drop(done.send(result))),
+    );
+    match written.await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err("the journal is closed".to_owned()),
+    }
+}
+
+/// How a journal's writer thread reaches the actor.
+pub type JournalEvents = mpsc::UnboundedSender<JournalEvent>;

@@ -1,0 +1,586 @@
+//! The node as primary: what it knows of each database it serves, and the way of one commit.
+
+use super::event::{JournalEvent, Permit, SessionId};
+use super::feed::Feed;
+use super::node::{Node, new_claimant};
+use super::outbox::Outbox;
+use super::uploader::UploadState;
+use bytes::Bytes;
+use durovfs_journal::{DatabaseState, JournalError, Record};
+use durovfs_quorum::{LocalLog, Membership, Primary, PrimaryState};
+use durovfs_wire::client::{CommitOutcome, SidecarMessage};
+use durovfs_wire::entry::{CommitHeader, Origin, TransactionSummary};
+use durovfs_wire::peer::PrimaryMessage;
+use durovfs_wire::{
+    ClaimantId, ClientId, DatabaseId, EntryPart, Epoch, Frame, LogPosition, Lsn, NodeName, PageSize,
+    PartHeader, PartKind, Timestamp,
+};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// Part of a client's time that is kept for burying and for the answer's way back.
+const BURY_SHARE: u32 = 5;
+/// Most of it that is kept: burying takes a few round trips and one sync.
+const BURY_TIME_MAX: Duration = Duration::from_millis(1500);
+/// The answer leaves this long before the client's own clock runs out.
+const ANSWER_MARGIN: Duration = Duration::from_millis(200);
+/// Our own journal must have this share of its limit free to take another commit, in percent.
+const JOURNAL_FREE_PERCENT: u64 = 5;
+
+/// Clients whose last settled commit is remembered per database. Needed only for messages that a
+/// broken connection still delivers, a moment later.
+const SETTLED_CLIENTS_MAX: usize = 1024;
+
+/// A database that this node is, or wants to be, primary of.
+pub struct PrimaryDatabase {
+    /// Name in the cluster.
+    pub name: String,
+    /// The protocol.
+    pub machine: Primary,
+    /// The last committed transaction.
+    pub last_transaction: Option<TransactionSummary>,
+    /// The transaction whose pages stream in.
+    pub streamed: Option<Streamed>,
+    /// The commit whose outcome is not certain yet. SQLite's write lock allows only one.
+    pub pending: Option<PendingCommit>,
+    /// Who waits for the log to be open.
+    pub waiters: Vec<Waiter>,
+    /// Per replica.
+    pub feeds: BTreeMap<NodeName, Feed>,
+    /// Our own journal has all through here.
+    pub written_lsn: Lsn,
+    /// Writes to our own journal that are under way.
+    pub own_writes: u32,
+    /// An epoch start that waits for them, so that it is made from what the journal then says.
+    pub epoch_start: Option<LogPosition>,
+    /// Our own journal failed: the log is read again from the replicas.
+    pub own_trouble: Option<String>,
+    /// The newest attempt to win an epoch.
+    pub claimant: ClaimantId,
+    /// When to claim again.
+    pub claim_at: Option<Instant>,
+    /// Claims that failed in a row.
+    pub failed_claims: u32,
+    /// Commits of these clients up to these sequence numbers are settled: a late one is refused.
+    pub settled: BTreeMap<ClientId, u64>,
+    /// The archive's side.
+    pub upload: UploadState,
+}
+
+/// A transaction whose pages were sent before its commit.
+pub struct Streamed {
+    session: SessionId,
+    sequence: u64,
+    position: LogPosition,
+    parts: u32,
+}
+
+/// A commit that was sent to the replicas.
+pub struct PendingCommit {
+    /// Where it stands, and its facts.
+    pub summary: TransactionSummary,
+    /// Who waits for it; nobody any more after "unknown".
+    pub waiters: Vec<CommitWaiter>,
+    /// The client's time: it begins again when the entry makes progress.
+    pub timeout: Option<Duration>,
+    /// When the entry was sent, or last made progress.
+    pub moved_at: Instant,
+}
+
+/// Who wants to know what became of a commit.
+pub struct CommitWaiter {
+    /// Where the answer goes.
+    pub outbox: Outbox,
+    /// What the answer is labelled with.
+    pub sequence: u64,
+}
+
+/// Who waits for the log to be open, until when.
+pub struct Waiter {
+    /// Where the answer goes.
+    pub outbox: Outbox,
+    /// What is wanted.
+    pub want: Want,
+    /// When to give up.
+    pub deadline: Option<Instant>,
+}
+
+/// What a [`Waiter`] wants.
+pub enum Want {
+    /// Answer to `Open`.
+    Open { request: u64 },
+    /// Answer to `Resolve`.
+    Resolve { request: u64, origin: Origin, base_lsn: Lsn },
+}
+
+impl PrimaryDatabase {
+    /// A database as our own journal has it, or a new one.
+    pub fn new(
+        database: DatabaseId,
+        name: String,
+        membership: Membership,
+        state: Option<&DatabaseState>,
+    ) -> Self {
+        let local = state.map_or_else(LocalLog::default, |state| LocalLog {
+            last: state.last,
+            first_lsn: state.first_lsn,
+            commit_lsn: state.commit_lsn,
+            archive_lsn: state.archive_lsn,
+            history: state.history.clone(),
+            promised: state.promised,
+        });
+        let written_lsn = local.last.lsn;
+        let feeds = membership.nodes.iter().map(|node| (node.clone(), Feed::stopped())).collect();
+        let mut machine = Primary::new(database, name.clone(), membership, local);
+        machine.handle_retained(state.map_or(Lsn::ZERO.next(), |state| state.first_lsn));
+        Self {
+            machine,
+            name,
+            last_transaction: state.and_then(|state| state.last_transaction),
+            streamed: None,
+            pending: None,
+            waiters: Vec::new(),
+            feeds,
+            written_lsn,
+            own_writes: 0,
+            epoch_start: None,
+            own_trouble: None,
+            claimant: new_claimant(),
+            claim_at: None,
+            failed_claims: 0,
+            settled: BTreeMap::new(),
+            upload: UploadState::default(),
+        }
+    }
+
+    /// Whether commits may be taken.
+    pub fn is_open(&self) -> bool {
+        self.machine.state() == PrimaryState::Leading && self.own_trouble.is_none()
+    }
+
+    /// Commits of this client up to this one are settled from now on.
+    pub fn note_settled(&mut self, origin: Origin) {
+        if self.settled.len() >= SETTLED_CLIENTS_MAX {
+            self.settled.pop_first();
+        }
+        let settled = self.settled.entry(origin.client).or_default();
+        *settled = origin.sequence.max(*settled);
+    }
+
+    /// The last entry that a replica acked in this epoch.
+    pub fn flush_lsn(&self, node: &NodeName) -> Lsn {
+        self.machine.node_progress(node).map_or(Lsn::ZERO, |progress| progress.flush_lsn)
+    }
+
+    /// The generation that every message names.
+    pub fn generation(&self) -> u32 {
+        self.machine.membership().generation
+    }
+
+    /// Position of the last committed transaction; zero if there is none.
+    pub fn last_transaction_lsn(&self) -> Lsn {
+        self.last_transaction.map_or(Lsn::ZERO, |summary| summary.position.lsn)
+    }
+}
+
+/// What a commit answers with when its outcome is certain.
+pub fn answer_commit(
+    database: DatabaseId,
+    waiters: Vec<CommitWaiter>,
+    outcome: &CommitOutcome,
+) {
+    for waiter in waiters {
+        waiter.outbox.answer(&SidecarMessage::Outcome {
+            database,
+            sequence: waiter.sequence,
+            outcome: outcome.clone(),
+        });
+    }
+}
+
+/// A client's commit, as it came.
+pub struct CommitRequest {
+    pub session: SessionId,
+    pub outbox: Outbox,
+    pub database: DatabaseId,
+    pub commit: CommitHeader,
+    pub streamed_parts: u32,
+    pub timeout: Option<Duration>,
+    pub payload: Bytes,
+    pub permit: Permit,
+}
+
+impl Node {
+    /// Takes slots of an open transaction into our own journal.
+    pub fn handle_pages(
+        &mut self,
+        session: SessionId,
+        (database, sequence): (DatabaseId, u64),
+        page_size: PageSize,
+        payload: Bytes,
+        permit: Permit,
+    ) {
+        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(lsn) = db.machine.next_lsn().filter(|_| db.is_open() && db.pending.is_none())
+        else {
+            db.streamed = None; // its commit will be refused: parts are missing
+            return;
+        };
+        let position = LogPosition::new(db.machine.epoch(), lsn);
+        let part = match &db.streamed {
+            Some(open)
+                if (open.session, open.sequence, open.position)
+                    == (session, sequence, position) =>
+            {
+                open.parts
+            }
+            _ => 0,
+        };
+        let kind = PartKind::Pages { page_size };
+        let header = PartHeader { database, epoch: position.epoch, lsn, part, kind };
+        let entry = EntryPart { header, payload };
+        if let Err(error) = entry.slots() {
+            tracing::error!(name = %db.name, %error, "pages refused");
+            db.streamed = None;
+            return;
+        }
+        db.streamed = Some(Streamed { session, sequence, position, parts: part + 1 });
+        self.write_own(entry, permit);
+    }
+
+    /// The client takes an open transaction back.
+    pub fn handle_abort(&mut self, session: SessionId, database: DatabaseId, sequence: u64) {
+        if let Some(db) = self.primaries.get_mut(&database)
+            && db
+                .streamed
+                .as_ref()
+                .is_some_and(|open| (open.session, open.sequence) == (session, sequence))
+        {
+            db.streamed = None;
+        }
+    }
+
+    /// Takes a commit: refuses it for certain, or sends it.
+    pub fn handle_commit(&mut self, request: CommitRequest) {
+        let database = request.database;
+        let waiter = CommitWaiter {
+            outbox: request.outbox.clone(),
+            sequence: request.commit.origin.sequence,
+        };
+        match self.check_commit(&request) {
+            Err(outcome) => {
+                if let Some(db) = self.primaries.get_mut(&database) {
+                    db.streamed = None;
+                }
+                answer_commit(database, vec![waiter], &outcome);
+            }
+            Ok((position, part)) => self.send_commit(request, waiter, position, part),
+        }
+    }
+
+    /// Where the commit goes, or why it does not.
+    fn check_commit(&self, request: &CommitRequest) -> Result<(LogPosition, u32), CommitOutcome> {
+        let refuse = |reason: String| Err(CommitOutcome::NotCommitted { reason });
+        if self.is_stopping() {
+            return refuse("the sidecar is stopping".to_owned());
+        }
+        let Some(db) = self.primaries.get(&request.database) else {
+            return refuse("the database is not open at this sidecar".to_owned());
+        };
+        let origin = request.commit.origin;
+        if db.settled.get(&origin.client).is_some_and(|settled| *settled >= origin.sequence) {
+            return refuse("the commit was settled before it arrived".to_owned());
+        }
+        if let PrimaryState::Fenced { by } = db.machine.state() {
+            let reason = format!("another host has taken over {} (epoch {by}): reopen", db.name);
+            return Err(CommitOutcome::NotPrimary { reason });
+        }
+        if let Some(trouble) = &db.own_trouble {
+            return refuse(format!("the primary's own journal failed: {trouble}"));
+        }
+        if db.pending.is_some() {
+            return refuse("the outcome of an earlier commit is still open".to_owned());
+        }
+        let answering = self.answering(db);
+        let quorum = self.config.ack_quorum;
+        if answering < quorum {
+            return refuse(format!(
+                "{answering} of {} replicas answer, {quorum} are needed",
+                db.feeds.len()
+            ));
+        }
+        let usage = self.primary_journal.usage();
+        if usage.bytes > usage.limit_bytes / 100 * (100 - JOURNAL_FREE_PERCENT) {
+            return refuse("the primary's journal is full: is the archive reachable?".to_owned());
+        }
+        let Some(lsn) = db.machine.next_lsn() else {
+            return refuse("the log is being opened".to_owned());
+        };
+        if request.commit.base_lsn != db.last_transaction_lsn()
+            && let Some(last_transaction) = db.last_transaction
+        {
+            return Err(CommitOutcome::Behind { last_transaction });
+        }
+        let position = LogPosition::new(db.machine.epoch(), lsn);
+        let streamed = match &db.streamed {
+            Some(open)
+                if (open.session, open.sequence, open.position)
+                    == (request.session, origin.sequence, position) =>
+            {
+                open.parts
+            }
+            _ => 0,
+        };
+        if streamed != request.streamed_parts {
+            return refuse(format!(
+                "{streamed} of {} streamed parts are here: the sidecar or the quorum was away",
+                request.streamed_parts
+            ));
+        }
+        Ok((position, streamed))
+    }
+
+    /// How many replicas of a database can be counted on now.
+    pub fn answering(&self, db: &PrimaryDatabase) -> usize {
+        let now = Instant::now();
+        let counts = |(node, feed): &(&NodeName, &Feed)| {
+            !matches!(feed.state, super::feed::FeedState::Refusing { .. })
+                && self.peers.get(*node).is_some_and(|peer| peer.is_answering(now))
+        };
+        db.feeds.iter().filter(counts).count()
+    }
+
+    fn send_commit(
+        &mut self,
+        request: CommitRequest,
+        waiter: CommitWaiter,
+        position: LogPosition,
+        part: u32,
+    ) {
+        let database = request.database;
+        let time = self.next_time(database);
+        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let commit = CommitHeader { time, ..request.commit };
+        let header = PartHeader {
+            database,
+            epoch: position.epoch,
+            lsn: position.lsn,
+            part,
+            kind: PartKind::Commit(commit),
+        };
+        let entry = EntryPart { header, payload: request.payload };
+        if let Err(error) = entry.slots() {
+            let reason = format!("bad payload: {error}");
+            return answer_commit(database, vec![waiter], &CommitOutcome::NotCommitted { reason });
+        }
+        db.streamed = None;
+        db.pending = Some(PendingCommit {
+            summary: TransactionSummary { position, commit },
+            waiters: vec![waiter],
+            timeout: request.timeout,
+            moved_at: Instant::now(),
+        });
+        self.append_own(entry, request.permit);
+    }
+
+    /// Appends the last part of an entry: to our own journal and, if it is the only part, at once
+    /// to the level replicas. Larger entries go out from the journal when it has them whole.
+    pub fn append_own(&mut self, entry: EntryPart, permit: Permit) {
+        let database = entry.header.database;
+        let position = entry.header.position();
+        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let frame = (entry.header.part == 0).then(|| {
+            let message = PrimaryMessage::Append {
+                generation: db.generation(),
+                epoch: db.machine.epoch(),
+                previous: db.machine.last(),
+                commit_lsn: db.machine.commit_lsn(),
+                archive_lsn: db.machine.archive_lsn(),
+                part: entry.header,
+            };
+            Frame::encode(&message, entry.payload.clone())
+        });
+        db.machine.handle_appended(position);
+        self.write_own(entry, permit);
+        match frame {
+            Some(Ok(frame)) => self.push_level(database, position, &frame),
+            Some(Err(error)) => tracing::error!(%error, "an entry is larger than a frame"),
+            None => {}
+        }
+    }
+
+    fn write_own(&mut self, entry: EntryPart, permit: Permit) {
+        let header = entry.header;
+        self.write_own_records(header.database, vec![Record::Part(entry)], Some(header), permit);
+    }
+
+    /// Writes to our own journal; the event comes back when it is done.
+    pub fn write_own_records(
+        &mut self,
+        database: DatabaseId,
+        records: Vec<Record>,
+        part: Option<PartHeader>,
+        permit: Permit,
+    ) {
+        if let Some(db) = self.primaries.get_mut(&database) {
+            db.own_writes += 1;
+        }
+        let events = self.journal_events.clone();
+        let position = part.map_or(LogPosition::ZERO, |part| part.position());
+        let complete = part.is_some_and(|part| part.is_last());
+        self.primary_journal.append(
+            records,
+            Box::new(move |result| {
+                drop(permit);
+                // The actor is gone only when the node has stopped.
+                let _ = events.send(JournalEvent::OwnWritten {
+                    database,
+                    position,
+                    complete,
+                    result,
+                });
+            }),
+        );
+    }
+
+    /// A write to our own journal has ended.
+    pub fn handle_own_written(
+        &mut self,
+        database: DatabaseId,
+        position: LogPosition,
+        complete: bool,
+        result: Result<(), JournalError>,
+    ) {
+        let Some(db) = self.primaries.get_mut(&database) else { return };
+        db.own_writes -= 1;
+        match result {
+            Err(error) => {
+                tracing::error!(name = %db.name, %error, "the primary's own journal failed");
+                db.own_trouble = Some(error.to_string());
+                db.claim_at = Some(Instant::now() + Duration::from_secs(1));
+            }
+            // An entry of an older epoch may have been truncated since.
+            Ok(()) if complete && position.epoch == db.machine.epoch() => {
+                db.written_lsn = db.written_lsn.max(position.lsn);
+            }
+            Ok(()) => {}
+        }
+        if db.own_writes == 0
+            && let Some(position) = db.epoch_start.take()
+        {
+            self.write_epoch_start(database, position);
+        }
+        if complete {
+            self.pump_feeds(database);
+        }
+    }
+
+    /// Moves every feed that can move.
+    pub fn pump_feeds(&mut self, database: DatabaseId) {
+        let Some(db) = self.primaries.get(&database) else { return };
+        let behind: Vec<NodeName> = db
+            .feeds
+            .iter()
+            .filter(|(_, feed)| feed.next_lsn <= db.written_lsn)
+            .map(|(node, _)| node.clone())
+            .collect();
+        for node in behind {
+            self.pump_feed(database, &node);
+        }
+    }
+
+    /// Makes the epoch start from what our own journal says now: all truncation is behind it.
+    pub fn write_epoch_start(&mut self, database: DatabaseId, position: LogPosition) {
+        let time = self.next_time(database);
+        let last_transaction =
+            self.primary_journal.state(database).and_then(|state| state.last_transaction);
+        let Some(db) = self.primaries.get_mut(&database) else { return };
+        if db.own_trouble.is_some() || db.machine.epoch() != position.epoch {
+            return;
+        }
+        let claimant = db.claimant;
+        db.last_transaction = last_transaction;
+        let header = PartHeader {
+            database,
+            epoch: position.epoch,
+            lsn: position.lsn,
+            part: 0,
+            kind: PartKind::EpochStart { time, last_transaction },
+        };
+        // Our own journal learns the name and the epoch by the same record as a replica's.
+        let named = Record::Promise {
+            database,
+            name: db.name.clone(),
+            epoch: position.epoch,
+            claimant,
+            generation: db.generation(),
+        };
+        self.write_own_records(database, vec![named], None, None);
+        self.append_own(EntryPart { header, payload: Bytes::new() }, None);
+    }
+
+    /// The time of the next entry: the clock's, but never back within a log.
+    fn next_time(&self, database: DatabaseId) -> Timestamp {
+        let last = self
+            .primaries
+            .get(&database)
+            .and_then(|db| db.last_transaction)
+            .map_or(0, |summary| summary.commit.time.as_micros());
+        Timestamp::from_micros(now_micros().max(last + 1))
+    }
+
+    /// Gives up waiting: buries what was sent, near the end of the client's time, and says
+    /// "unknown" at its end.
+    pub fn tick_pending(&mut self, database: DatabaseId, now: Instant) {
+        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(pending) = &mut db.pending else { return };
+        let Some(timeout) = pending.timeout else { return };
+        let waited = now.duration_since(pending.moved_at);
+        let answer_after = timeout.saturating_sub(ANSWER_MARGIN.min(timeout / 10));
+        let bury_after = answer_after.saturating_sub((timeout / BURY_SHARE).min(BURY_TIME_MAX));
+        if waited >= bury_after && db.machine.state() == PrimaryState::Leading {
+            tracing::warn!(name = %db.name, position = %pending.summary.position,
+                "no quorum of acks in time: burying the entry");
+            db.claimant = new_claimant();
+            db.machine.start_bury(db.claimant);
+        }
+        if waited >= answer_after && !pending.waiters.is_empty() {
+            let reason =
+                format!("no quorum of replicas acked within {} ms", timeout.as_millis());
+            let waiters = std::mem::take(&mut pending.waiters);
+            answer_commit(database, waiters, &CommitOutcome::Unknown { reason });
+        }
+    }
+
+    /// What is certain about the pending commit now that the log says so.
+    pub fn settle_pending(&mut self, database: DatabaseId, committed: Option<LogPosition>) {
+        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(pending) = db.pending.take() else { return };
+        let outcome = match committed {
+            Some(position) => {
+                db.last_transaction = Some(pending.summary);
+                CommitOutcome::Committed { position }
+            }
+            None => CommitOutcome::NotCommitted {
+                reason: "no quorum of replicas acked; the entry was buried".to_owned(),
+            },
+        };
+        let origin = pending.summary.commit.origin;
+        db.note_settled(origin);
+        answer_commit(database, pending.waiters, &outcome);
+    }
+
+    /// The entry may or may not be committed by whoever took over.
+    pub fn abandon_pending(&mut self, database: DatabaseId, by: Epoch) {
+        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(pending) = db.pending.take() else { return };
+        let reason = format!("another host took over (epoch {by}) while the commit was in flight");
+        answer_commit(database, pending.waiters, &CommitOutcome::Unknown { reason });
+    }
+}
+
+/// The clock, microseconds since the Unix epoch.
+pub fn now_micros() -> i64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |now| i64::try_from(now.as_micros()).unwrap_or(i64::MAX))
+}

@@ -1,0 +1,379 @@
+//! Carries out what the primary's state machine wants: messages, our own journal, feeds, answers.
+
+use super::bulk::{self, FetchJob};
+use super::event::SessionId;
+use super::feed::Feed;
+use super::node::{Node, new_claimant};
+use super::primary::{PrimaryDatabase, Want, Waiter};
+use durovfs_journal::Record;
+use durovfs_quorum::{PrimaryEffect, PrimaryState};
+use durovfs_wire::client::{FailureKind, SidecarMessage};
+use durovfs_wire::peer::{PrimaryMessage, ReplicaMessage};
+use durovfs_wire::{DatabaseId, Epoch, LogPosition, Lsn, NodeName};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// Claims that are tried again, each with a higher epoch, before whoever waits is told that another
+/// node is the primary. Spread over longer than a dead primary counts as alive.
+const CLAIMS_MAX: u32 = 12;
+/// Pause before a claim is tried again; a random part of as much is added, so that two claimants
+/// do not keep each other from winning.
+const RECLAIM_PAUSE: Duration = Duration::from_millis(250);
+
+impl Node {
+    /// Runs a database's state machine until it wants nothing more.
+    pub fn drive_primary(&mut self, database: DatabaseId) {
+        while let Some(effect) =
+            self.primaries.get_mut(&database).and_then(|db| db.machine.poll_effect())
+        {
+            self.carry_out(database, effect);
+        }
+    }
+
+    fn carry_out(&mut self, database: DatabaseId, effect: PrimaryEffect) {
+        match effect {
+            PrimaryEffect::Send { node, message } => {
+                if let Some(link) = self.peers.get(&node).and_then(|peer| peer.link.as_ref()) {
+                    link.outbox.answer(&message);
+                }
+            }
+            PrimaryEffect::CutOwnLog { after } => self.cut_own_log(database, after),
+            PrimaryEffect::RestartOwnLog { at } => {
+                if let Some(db) = self.primaries.get_mut(&database) {
+                    db.written_lsn = at.lsn;
+                    db.streamed = None;
+                    db.machine.handle_retained(at.lsn.next());
+                }
+                self.write_own_records(database, vec![Record::Restart { database, at }], None, None);
+            }
+            PrimaryEffect::Fetch { donor, first_lsn, last } => {
+                self.fetch(database, donor, first_lsn, last);
+            }
+            PrimaryEffect::AppendEpochStart { position } => {
+                let Some(db) = self.primaries.get_mut(&database) else { return };
+                if db.own_writes == 0 {
+                    self.write_epoch_start(database, position);
+                } else {
+                    db.epoch_start = Some(position);
+                }
+            }
+            PrimaryEffect::Feed { node, next_lsn, previous } => {
+                if let Some(db) = self.primaries.get_mut(&database) {
+                    db.feeds
+                        .entry(node.clone())
+                        .or_insert_with(Feed::stopped)
+                        .start(next_lsn, previous);
+                    self.pump_feed(database, &node);
+                }
+            }
+            PrimaryEffect::StopFeed { node } => {
+                if let Some(feed) =
+                    self.primaries.get_mut(&database).and_then(|db| db.feeds.get_mut(&node))
+                {
+                    feed.state = super::feed::FeedState::Stopped;
+                }
+            }
+            PrimaryEffect::Opened { epoch, end } => self.opened(database, epoch, end),
+            PrimaryEffect::Committed { lsn } => self.committed(database, lsn),
+            PrimaryEffect::Buried { lsn } => {
+                let buried = self
+                    .primaries
+                    .get(&database)
+                    .and_then(|db| db.pending.as_ref())
+                    .is_some_and(|pending| pending.summary.position.lsn >= lsn);
+                if buried {
+                    self.settle_pending(database, None);
+                }
+            }
+            PrimaryEffect::BuryRefused => {
+                tracing::warn!(%database, "another node claimed in between: the log decides");
+            }
+            PrimaryEffect::Fenced { by } => self.fenced(database, by),
+        }
+    }
+
+    fn cut_own_log(&mut self, database: DatabaseId, after: LogPosition) {
+        if let Some(db) = self.primaries.get_mut(&database) {
+            db.written_lsn = db.written_lsn.min(after.lsn);
+            db.streamed = None;
+        }
+        self.write_own_records(database, vec![Record::Truncate { database, after }], None, None);
+    }
+
+    fn fetch(&mut self, database: DatabaseId, donor: NodeName, first_lsn: Lsn, last: LogPosition) {
+        let Some(db) = self.primaries.get_mut(&database) else { return };
+        match self.peers.get(&donor).and_then(|peer| peer.link.as_ref()) {
+            None => db.machine.handle_fetch_failed(&donor),
+            Some(link) => {
+                let epoch = db.machine.epoch();
+                bulk::spawn_fetch(
+                    FetchJob { database, epoch, donor, first_lsn, last },
+                    self.primary_journal.clone(),
+                    Rc::clone(&link.connection),
+                    self.events.clone(),
+                );
+            }
+        }
+    }
+
+    /// The donor's entries are in our own journal, or could not be had.
+    pub fn handle_fetched(
+        &mut self,
+        database: DatabaseId,
+        epoch: Epoch,
+        donor: &NodeName,
+        result: Result<(), String>,
+    ) {
+        let state = self.primary_journal.state(database);
+        let Some(db) = self.primaries.get_mut(&database) else { return };
+        if db.machine.epoch() != epoch {
+            return; // of an earlier claim
+        }
+        match (result, state) {
+            (Ok(()), Some(state)) => {
+                db.written_lsn = state.last.lsn;
+                db.machine.handle_recovered(state.last, state.history);
+            }
+            (Ok(()), None) => db.machine.handle_fetch_failed(donor),
+            (Err(error), _) => {
+                tracing::warn!(name = %db.name, %donor, %error, "recovery from a replica failed");
+                db.machine.handle_fetch_failed(donor);
+            }
+        }
+    }
+
+    fn opened(&mut self, database: DatabaseId, epoch: Epoch, end: LogPosition) {
+        let Some(db) = self.primaries.get_mut(&database) else { return };
+        tracing::info!(name = %db.name, %epoch, %end, "the log is open");
+        db.failed_claims = 0;
+        if let Some(pending) = &db.pending {
+            // Ordinary recovery has decided: the entry is in the log, or it is not.
+            let position = pending.summary.position;
+            let kept = db.last_transaction.is_some_and(|last| last.position == position);
+            self.settle_pending(database, kept.then_some(position));
+        }
+        self.answer_waiters(database);
+    }
+
+    /// Answers everybody who waited for the log to be open.
+    pub fn answer_waiters(&mut self, database: DatabaseId) {
+        let Some(db) = self.primaries.get_mut(&database) else { return };
+        if !db.is_open() {
+            return;
+        }
+        for waiter in std::mem::take(&mut db.waiters) {
+            match waiter.want {
+                Want::Open { request } => waiter.outbox.answer(&SidecarMessage::Opened {
+                    request,
+                    database,
+                    epoch: db.machine.epoch(),
+                    end: LogPosition::new(db.machine.epoch(), db.machine.commit_lsn()),
+                    last_transaction: db.last_transaction,
+                }),
+                Want::Resolve { request, origin, base_lsn } => {
+                    let outcome = super::requests::resolve(db, &self.primary_journal, origin, base_lsn);
+                    waiter.outbox.answer(&SidecarMessage::Outcome {
+                        database,
+                        sequence: request,
+                        outcome,
+                    });
+                }
+            }
+        }
+    }
+
+    fn committed(&mut self, database: DatabaseId, lsn: Lsn) {
+        let Some(db) = self.primaries.get_mut(&database) else { return };
+        db.upload.note_committed();
+        self.uploads_due.insert(database);
+        let done = db
+            .pending
+            .as_ref()
+            .map(|pending| pending.summary.position)
+            .filter(|position| position.lsn <= lsn && position.epoch == db.machine.epoch());
+        if done.is_some() {
+            self.settle_pending(database, done);
+        }
+        self.commits_untold.insert(database);
+    }
+
+    fn fenced(&mut self, database: DatabaseId, by: Epoch) {
+        self.abandon_pending(database, by);
+        let Some(db) = self.primaries.get_mut(&database) else { return };
+        db.streamed = None;
+        db.failed_claims += 1;
+        if db.waiters.is_empty() || db.failed_claims > CLAIMS_MAX {
+            tracing::warn!(name = %db.name, %by, "fenced: another node is the primary");
+            let message = format!("another sidecar is the primary of {} (epoch {by})", db.name);
+            fail_waiters(db, FailureKind::NotPrimary, &message);
+            return;
+        }
+        db.claim_at = Some(Instant::now() + RECLAIM_PAUSE + random_part(RECLAIM_PAUSE));
+    }
+
+    /// A replica's node has connected: every database with a replica there talks to it.
+    pub fn handle_peer_connected(&mut self, node: &NodeName) {
+        let databases: Vec<DatabaseId> = self.primaries.keys().copied().collect();
+        for database in databases {
+            if let Some(db) = self.primaries.get_mut(&database)
+                && db.feeds.contains_key(node)
+            {
+                db.machine.handle_connected(node);
+                self.drive_primary(database);
+            }
+        }
+        self.ask_findings(node);
+    }
+
+    /// A replica's node is gone.
+    pub fn handle_peer_lost(&mut self, node: &NodeName, session: SessionId, error: String) {
+        let Some(peer) = self.peers.get_mut(node) else { return };
+        if peer.link.as_ref().is_some_and(|link| link.session != session) {
+            return;
+        }
+        if peer.last_error.as_ref() != Some(&error) {
+            tracing::warn!(%node, %error, "no connection to a replica's node");
+        }
+        peer.last_error = Some(error);
+        if peer.link.take().is_none() {
+            return;
+        }
+        let databases: Vec<DatabaseId> = self.primaries.keys().copied().collect();
+        for database in databases {
+            if let Some(db) = self.primaries.get_mut(&database)
+                && let Some(feed) = db.feeds.get_mut(node)
+            {
+                feed.state = super::feed::FeedState::Stopped;
+                db.machine.handle_disconnected(node);
+                self.drive_primary(database);
+            }
+        }
+    }
+
+    /// A replica says something.
+    pub fn handle_from_replica(
+        &mut self,
+        node: &NodeName,
+        session: SessionId,
+        message: ReplicaMessage,
+    ) {
+        let Some(peer) = self.peers.get_mut(node) else { return };
+        let Some(link) = peer.link.as_mut().filter(|link| link.session == session) else { return };
+        link.heard();
+        let database = match &message {
+            ReplicaMessage::Pong { trouble, .. } => {
+                peer.trouble.clone_from(trouble);
+                return;
+            }
+            ReplicaMessage::Found { request, databases } => {
+                return self.handle_found(node, *request, databases);
+            }
+            ReplicaMessage::Promised(promise) => promise.database,
+            ReplicaMessage::Ack { database, .. } | ReplicaMessage::Rejected { database, .. } => {
+                *database
+            }
+            // These come on streams of their own, to the task that asked.
+            ReplicaMessage::FetchedPart { .. } | ReplicaMessage::FetchEnd { .. } => return,
+        };
+        let Some(db) = self.primaries.get_mut(&database) else { return };
+        if let Err(violation) = db.machine.handle_message(node, &message) {
+            tracing::error!(%node, name = %db.name, %violation, "a replica broke the protocol");
+            return;
+        }
+        note_feed(db, node, &message);
+        self.drive_primary(database);
+        if matches!(message, ReplicaMessage::Ack { .. }) {
+            self.pump_feed(database, node);
+        }
+    }
+
+    /// Claims again where that is due.
+    pub fn tick_claims(&mut self, database: DatabaseId, now: Instant) {
+        let Some(db) = self.primaries.get_mut(&database) else { return };
+        if db.claim_at.is_none_or(|at| now < at) {
+            return;
+        }
+        db.claim_at = None;
+        if db.own_trouble.take().is_some() {
+            self.restart_primary(database);
+        } else if matches!(db.machine.state(), PrimaryState::Fenced { .. } | PrimaryState::Idle) {
+            db.claimant = new_claimant();
+            db.machine.start_claim(db.claimant);
+        }
+        self.drive_primary(database);
+    }
+
+    /// Our own journal failed: the machine begins again from what it holds.
+    fn restart_primary(&mut self, database: DatabaseId) {
+        let state = self.primary_journal.state(database);
+        let Some(old) = self.primaries.remove(&database) else { return };
+        let mut db =
+            PrimaryDatabase::new(database, old.name, self.membership(), state.as_ref());
+        db.waiters = old.waiters;
+        db.pending = old.pending;
+        db.settled = old.settled;
+        db.own_writes = old.own_writes;
+        db.upload = old.upload;
+        self.primaries.insert(database, db);
+        self.start_primary(database);
+    }
+
+    /// Tells replicas what is committed where no append did.
+    pub fn tell_progress(&mut self) {
+        for database in std::mem::take(&mut self.commits_untold) {
+            let Some(db) = self.primaries.get(&database) else { continue };
+            let message = PrimaryMessage::Progress {
+                database,
+                epoch: db.machine.epoch(),
+                commit_lsn: db.machine.commit_lsn(),
+                archive_lsn: db.machine.archive_lsn(),
+            };
+            for (node, feed) in &db.feeds {
+                if feed.state == super::feed::FeedState::Ready
+                    && let Some(link) = self.peers.get(node).and_then(|peer| peer.link.as_ref())
+                {
+                    link.outbox.answer(&message);
+                }
+            }
+        }
+    }
+}
+
+/// What a message says about the replica's feed.
+fn note_feed(db: &mut PrimaryDatabase, node: &NodeName, message: &ReplicaMessage) {
+    use durovfs_wire::peer::RejectReason;
+    let now = Instant::now();
+    let last_lsn = db.machine.last().lsn;
+    let Some(feed) = db.feeds.get_mut(node) else { return };
+    match message {
+        ReplicaMessage::Ack { flush_lsn, .. } => {
+            feed.acked(*flush_lsn, now);
+            if *flush_lsn >= last_lsn {
+                feed.level_at = now;
+            }
+        }
+        ReplicaMessage::Rejected { reason: RejectReason::Storage { message }, .. } => {
+            tracing::warn!(name = %db.name, %node, reason = %message, "a replica refuses entries");
+            feed.state = super::feed::FeedState::Refusing { since: now, reason: message.clone() };
+        }
+        _ => {}
+    }
+}
+
+/// Tells everybody who waits that it will not be.
+pub fn fail_waiters(db: &mut PrimaryDatabase, kind: FailureKind, message: &str) {
+    for waiter in std::mem::take(&mut db.waiters) {
+        fail_waiter(waiter, kind, message);
+    }
+}
+
+/// Tells one who waits that it will not be.
+pub fn fail_waiter(waiter: Waiter, kind: FailureKind, message: &str) {
+    let (Want::Open { request } | Want::Resolve { request, .. }) = waiter.want;
+    waiter.outbox.answer(&SidecarMessage::Failed { request, kind, message: message.to_owned() });
+}
+
+fn random_part(of: Duration) -> Duration {
+    let random = getrandom::u32().unwrap_or(0);
+    of.mul_f64(f64::from(random) / f64::from(u32::MAX))
+}
