@@ -146,6 +146,15 @@ struct Ended {
     answered: bool,
 }
 
+impl Ended {
+    fn unanswered(error: LinkError) -> Self {
+        Self {
+            error,
+            answered: false,
+        }
+    }
+}
+
 impl Driver {
     async fn drive(&mut self, commands: &mut UnboundedReceiver<Command>) {
         let mut backoff = BACKOFF_MIN;
@@ -165,10 +174,7 @@ impl Driver {
                     Some(ended) => ended,
                     None => return,
                 },
-                Err(error) => Ended {
-                    error,
-                    answered: false,
-                },
+                Err(error) => Ended::unanswered(error),
             };
             if ended.answered {
                 backoff = BACKOFF_MIN;
@@ -262,23 +268,22 @@ impl Driver {
         connection: &Connection,
         commands: &mut UnboundedReceiver<Command>,
     ) -> Option<Ended> {
-        let (sender, receiver) = match connection.open_stream().await {
+        let greeted = greet(connection, self.shared.hello.clone());
+        let (sender, receiver) = match self.collect(commands, greeted).await? {
             Ok(stream) => stream,
             Err(error) => {
-                return Some(Ended {
-                    error,
-                    answered: false,
-                });
+                let error = connection.close_reason().unwrap_or(error);
+                return Some(Ended::unanswered(error));
             }
         };
-        sender.set_priority(SHARED_STREAM_PRIORITY);
+        log::info(format_args!("connected with {}", self.config.sidecar));
+        self.shared.set_trouble(None);
         self.shared.table().handle_connected();
         self.announce.send_replace(Some(connection.clone()));
         let shared = self.shared.clone();
-        let mut answered = false;
         let ended = tokio::select! {
             ended = self.write(sender, commands) => ended,
-            error = read(shared, receiver, &mut answered) => Some(error),
+            error = read(shared, receiver) => Some(error),
             error = connection.closed() => Some(error),
         };
         self.announce.send_replace(None);
@@ -287,7 +292,7 @@ impl Driver {
         connection.close("session is over");
         ended.map(|error| Ended {
             error: reason.unwrap_or(error),
-            answered,
+            answered: true,
         })
     }
 
