@@ -34,7 +34,9 @@ pub struct Covered {
 
 impl fmt::Display for Covered {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Some((first, last)) = self.commits else { return f.write_str("no commit") };
+        let Some((first, last)) = self.commits else {
+            return f.write_str("no commit");
+        };
         let words = |summary: TransactionSummary| {
             let bookmark = Bookmark::from(summary.position);
             format!("{} (bookmark {bookmark})", format_time(summary.commit.time))
@@ -46,7 +48,10 @@ impl fmt::Display for Covered {
 impl ArchiveIndex {
     /// The archive of a log whose listing is known.
     pub fn of(store: &Arc<dyn Store>, listing: Listing) -> Self {
-        Self { store: Arc::clone(store), listing }
+        Self {
+            store: Arc::clone(store),
+            listing,
+        }
     }
 
     /// The listing.
@@ -76,8 +81,10 @@ impl ArchiveIndex {
     ) -> Result<Vec<EntryFacts>, RestoreError> {
         let chunks = self.chunks_between(from, to)?;
         let reads = chunks.iter().map(|chunk| self.chunk_index(chunk));
-        let indexes: Vec<ChunkIndex> =
-            stream::iter(reads).buffered(PARALLEL_READS).try_collect().await?;
+        let indexes: Vec<ChunkIndex> = stream::iter(reads)
+            .buffered(PARALLEL_READS)
+            .try_collect()
+            .await?;
         let mut found = Vec::new();
         let mut next = Lsn::ZERO;
         for facts in indexes.into_iter().flat_map(|index| index.entries) {
@@ -126,12 +133,17 @@ impl ArchiveIndex {
             None => None,
         };
         let last = self.last_at(When::Latest).await?.or(newest);
-        let begins_log =
-            self.listing.chunks.first().is_some_and(|chunk| chunk.range.first_lsn == Lsn::new(1));
+        let begins_log = self
+            .listing
+            .chunks
+            .first()
+            .is_some_and(|chunk| chunk.range.first_lsn == Lsn::new(1));
         let oldest = self.listing.snapshots.first().filter(|_| !begins_log);
         if let Some(snapshot) = oldest {
             let first = self.snapshot_transaction(snapshot).await?;
-            return Ok(Covered { commits: first.zip(last) });
+            return Ok(Covered {
+                commits: first.zip(last),
+            });
         }
         for chunk in &self.listing.chunks {
             let index = self.chunk_index(chunk).await?;
@@ -139,7 +151,9 @@ impl ArchiveIndex {
             // In the middle of a log only a whole image can be a beginning.
             let first = transactions.find(|found| begins_log || found.commit.whole_image);
             if first.is_some() {
-                return Ok(Covered { commits: first.zip(last) });
+                return Ok(Covered {
+                    commits: first.zip(last),
+                });
             }
         }
         Ok(Covered::default())
@@ -162,7 +176,10 @@ impl ArchiveIndex {
         to: Option<When>,
     ) -> Result<Vec<ChunkObject>, RestoreError> {
         // Without snapshots a plan has all chunks up to the target.
-        let bare = Listing { snapshots: Vec::new(), ..self.listing.clone() };
+        let bare = Listing {
+            snapshots: Vec::new(),
+            ..self.listing.clone()
+        };
         let to = match to {
             None | Some(When::Latest) => When::Latest,
             Some(when) => when,
@@ -186,7 +203,10 @@ impl ArchiveIndex {
             Some(When::Lsn(lsn)) => chunk.range.last_lsn < lsn,
             Some(When::Bookmark(bookmark)) => chunk.range.last_lsn < bookmark.lsn,
         };
-        Ok(planned.into_iter().filter(|chunk| !ends_before(chunk)).collect())
+        Ok(planned
+            .into_iter()
+            .filter(|chunk| !ends_before(chunk))
+            .collect())
     }
 
     /// Time of the newest archived entry.
@@ -226,11 +246,15 @@ async fn read_index(
     let tail_start = size - tail_bytes;
     let tail = store.get_range(key, tail_start, tail_bytes).await?;
     let Some((index_part, footer)) = tail.split_last_chunk::<FOOTER_BYTES>() else {
-        return Err(damaged(ChunkError::Damaged("object is shorter than a chunk can be")));
+        return Err(damaged(ChunkError::Damaged(
+            "object is shorter than a chunk can be",
+        )));
     };
     let footer = Footer::decode(footer, size).map_err(damaged)?;
     if footer.first_lsn != first_lsn || footer.last_position != last {
-        return Err(damaged(ChunkError::Damaged("object holds other entries than its key says")));
+        return Err(damaged(ChunkError::Damaged(
+            "object holds other entries than its key says",
+        )));
     }
     match footer.index_offset.checked_sub(tail_start) {
         // Within the tail: the footer was checked against the object's length.

@@ -183,7 +183,11 @@ pub fn parse_key(key: &str) -> Option<ParsedKey> {
         SNAPSHOTS => ObjectName::Snapshot(parse_point(file.strip_suffix(SNAPSHOT_SUFFIX)?)?),
         _ => return None,
     };
-    Some(ParsedKey { name, database: id.parse().ok()?, object })
+    Some(ParsedKey {
+        name,
+        database: id.parse().ok()?,
+        object,
+    })
 }
 
 /// Joins the pieces of the name at the front of `text`; gives the name and what follows it.
@@ -202,7 +206,10 @@ pub fn split_name(text: &str) -> Option<(String, &str)> {
             }
         }
     }
-    let name = percent_decode_str(&encoded).decode_utf8().ok()?.into_owned();
+    let name = percent_decode_str(&encoded)
+        .decode_utf8()
+        .ok()?
+        .into_owned();
     (!name.is_empty()).then_some((name, rest))
 }
 
@@ -264,26 +271,57 @@ mod tests {
     #[test]
     fn any_name_comes_back_from_its_key_and_stays_below_its_folder() {
         let long = "/very/long".repeat(50);
-        let names = ["/home/a b/app.db", "..", ".", "../../etc/passwd", "ü~%2F/", "a\0b", &long];
+        let names = [
+            "/home/a b/app.db",
+            "..",
+            ".",
+            "../../etc/passwd",
+            "ü~%2F/",
+            "a\0b",
+            &long,
+        ];
         for name in names {
             let key = chunk_key(name, ID, &range(1, 9)).unwrap();
             for piece in key.split('/') {
-                assert!(!piece.is_empty() && piece.len() <= 255 && !piece.starts_with('.'), "{key}");
+                assert!(
+                    !piece.is_empty() && piece.len() <= 255 && !piece.starts_with('.'),
+                    "{key}"
+                );
             }
             assert!(key.is_ascii() && key.len() < 900, "{key}");
             let expected = ObjectName::Chunk(range(1, 9));
             let parsed = parse_key(&key).unwrap();
-            assert_eq!(parsed, ParsedKey { name: name.into(), database: ID, object: expected });
+            assert_eq!(
+                parsed,
+                ParsedKey {
+                    name: name.into(),
+                    database: ID,
+                    object: expected
+                }
+            );
         }
         assert_eq!(name_folder(""), Err(InvalidName::Empty));
-        assert!(matches!(name_folder(&"/".repeat(400)), Err(InvalidName::TooLong { .. })));
+        assert!(matches!(
+            name_folder(&"/".repeat(400)),
+            Err(InvalidName::TooLong { .. })
+        ));
     }
 
     // Broken: one database's listing would hold another's chunks.
     #[test]
     fn no_name_folder_is_the_prefix_of_anothers() {
-        let names = ["a", "a/b", "a~", &"x".repeat(200), &"x".repeat(201), &"x".repeat(400)];
-        let folders: Vec<_> = names.iter().map(|name| name_folder(name).unwrap()).collect();
+        let names = [
+            "a",
+            "a/b",
+            "a~",
+            &"x".repeat(200),
+            &"x".repeat(201),
+            &"x".repeat(400),
+        ];
+        let folders: Vec<_> = names
+            .iter()
+            .map(|name| name_folder(name).unwrap())
+            .collect();
         for (i, one) in folders.iter().enumerate() {
             for (j, other) in folders.iter().enumerate() {
                 assert!(i == j || !other.starts_with(one.as_str()), "{one} {other}");

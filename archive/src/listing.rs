@@ -99,7 +99,10 @@ impl Listing {
             chunks: Vec::new(),
             snapshots: Vec::new(),
         };
-        Ok(logs.into_iter().find(|log| log.database == database).unwrap_or_else(empty))
+        Ok(logs
+            .into_iter()
+            .find(|log| log.database == database)
+            .unwrap_or_else(empty))
     }
 
     /// Time of the newest entry.
@@ -113,8 +116,13 @@ impl Listing {
     pub fn archived_lsn(&self) -> Lsn {
         let start = self.snapshots.last().map(|snapshot| snapshot.point.lsn);
         let first = self.chunks.first().map(|chunk| chunk.range.first_lsn);
-        let Some(next) = start.map(Lsn::next).or(first) else { return Lsn::ZERO };
-        let last = self.cover_from(next).last().map(|chunk| chunk.range.last_lsn);
+        let Some(next) = start.map(Lsn::next).or(first) else {
+            return Lsn::ZERO;
+        };
+        let last = self
+            .cover_from(next)
+            .last()
+            .map(|chunk| chunk.range.last_lsn);
         last.or(next.previous()).unwrap_or(Lsn::ZERO)
     }
 
@@ -167,12 +175,23 @@ pub fn near_names(wanted: &str, names: &[String]) -> Vec<String> {
         .iter()
         .map(|name| {
             let same_file = file_name(name) == wanted_file;
-            (if same_file { 0 } else { distance(&file_name(name), &wanted_file) }, name)
+            (
+                if same_file {
+                    0
+                } else {
+                    distance(&file_name(name), &wanted_file)
+                },
+                name,
+            )
         })
         .filter(|(score, _)| *score <= wanted_file.chars().count() / 2)
         .collect();
     scored.sort();
-    scored.into_iter().take(MAX_NEAR_NAMES).map(|(_, name)| name.clone()).collect()
+    scored
+        .into_iter()
+        .take(MAX_NEAR_NAMES)
+        .map(|(_, name)| name.clone())
+        .collect()
 }
 
 /// Insertions, deletions and replacements between two words.
@@ -197,9 +216,13 @@ mod tests {
 
     #[test]
     fn a_mistyped_name_finds_the_one_that_was_meant() {
-        let names: Vec<_> =
-            ["/srv/app.db", "/home/x/orders.db", "/srv/other/app.db"].map(String::from).into();
-        assert_eq!(near_names("/tmp/app.db", &names), ["/srv/app.db", "/srv/other/app.db"]);
+        let names: Vec<_> = ["/srv/app.db", "/home/x/orders.db", "/srv/other/app.db"]
+            .map(String::from)
+            .into();
+        assert_eq!(
+            near_names("/tmp/app.db", &names),
+            ["/srv/app.db", "/srv/other/app.db"]
+        );
         assert_eq!(near_names("order.db", &names)[0], "/home/x/orders.db");
         assert!(near_names("completely-else", &names).is_empty());
     }

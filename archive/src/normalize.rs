@@ -96,7 +96,8 @@ impl TransactionPages {
     ) -> Result<(), E> {
         let mut image = vec![0u8; self.summary.commit.page_size.get()];
         for (page_no, index) in &self.pages {
-            self.images.read(u64::from(*index) * image.len() as u64, &mut image)?;
+            self.images
+                .read(u64::from(*index) * image.len() as u64, &mut image)?;
             sink(*page_no, &image)?;
         }
         Ok(())
@@ -123,7 +124,10 @@ struct OpenTransaction {
 impl Normalizer {
     /// One that puts large transactions into `scratch`, a folder that exists.
     pub fn new(scratch: impl Into<PathBuf>) -> Self {
-        Self { scratch: scratch.into(), open: None }
+        Self {
+            scratch: scratch.into(),
+            open: None,
+        }
     }
 
     /// Whether a transaction was begun and not ended.
@@ -139,10 +143,18 @@ impl Normalizer {
     pub fn push(&mut self, part: &EntryPart) -> Result<Option<NormalizedEntry>, NormalizeError> {
         let header = &part.header;
         let position = header.position();
-        let out_of_order = || NormalizeError::OutOfOrder { position, part: header.part };
+        let out_of_order = || NormalizeError::OutOfOrder {
+            position,
+            part: header.part,
+        };
         let before = self.open.take();
-        if let PartKind::EpochStart { time, last_transaction } = header.kind {
-            part.slots().map_err(|source| NormalizeError::Payload { position, source })?;
+        if let PartKind::EpochStart {
+            time,
+            last_transaction,
+        } = header.kind
+        {
+            part.slots()
+                .map_err(|source| NormalizeError::Payload { position, source })?;
             if header.part != 0 {
                 return Err(out_of_order());
             }
@@ -184,23 +196,28 @@ impl OpenTransaction {
             && self.next_part == part.header.part
     }
 
-    fn take_slots(
-        &mut self,
-        part: &EntryPart,
-        scratch: &Path,
-    ) -> Result<(), NormalizeError> {
+    fn take_slots(&mut self, part: &EntryPart, scratch: &Path) -> Result<(), NormalizeError> {
         let position = self.position;
-        let slots = part.slots().map_err(|source| NormalizeError::Payload { position, source })?;
+        let slots = part
+            .slots()
+            .map_err(|source| NormalizeError::Payload { position, source })?;
         for slot in slots {
-            self.images.append(slot.image, scratch).map_err(|source| {
-                NormalizeError::Scratch { folder: scratch.to_owned(), source }
-            })?;
+            self.images
+                .append(slot.image, scratch)
+                .map_err(|source| NormalizeError::Scratch {
+                    folder: scratch.to_owned(),
+                    source,
+                })?;
             self.slots.insert(slot.slot, slot.page_no, self.image_count);
-            self.image_count =
-                self.image_count.checked_add(1).ok_or(NormalizeError::TooLarge(position))?;
+            self.image_count = self
+                .image_count
+                .checked_add(1)
+                .ok_or(NormalizeError::TooLarge(position))?;
         }
-        self.next_part =
-            self.next_part.checked_add(1).ok_or(NormalizeError::TooLarge(position))?;
+        self.next_part = self
+            .next_part
+            .checked_add(1)
+            .ok_or(NormalizeError::TooLarge(position))?;
         Ok(())
     }
 
@@ -215,7 +232,11 @@ impl OpenTransaction {
             .collect();
         // Page numbers are u32 and distinct, and at most `page_count` of them.
         commit.slot_count = pages.len() as u32;
-        TransactionPages { summary, pages, images: self.images }
+        TransactionPages {
+            summary,
+            pages,
+            images: self.images,
+        }
     }
 }
 

@@ -37,8 +37,16 @@ impl From<ChunkError> for SnapshotError {
 /// Whether a snapshot is due, and of which entry: when the chunks since the last one add up to more
 /// than the database of `database_bytes`, so that a restore downloads at most twice its size.
 pub fn due(listing: &Listing, database_bytes: u64) -> Option<Lsn> {
-    let last = listing.snapshots.last().map_or(Lsn::ZERO, |snapshot| snapshot.point.lsn);
-    let newer = || listing.chunks.iter().filter(|chunk| chunk.range.last_lsn > last);
+    let last = listing
+        .snapshots
+        .last()
+        .map_or(Lsn::ZERO, |snapshot| snapshot.point.lsn);
+    let newer = || {
+        listing
+            .chunks
+            .iter()
+            .filter(|chunk| chunk.range.last_lsn > last)
+    };
     let bytes: u64 = newer().map(|chunk| chunk.size).sum();
     let archived = listing.archived_lsn();
     let enough = bytes > database_bytes.max(MIN_CHUNK_BYTES) || newer().count() > MAX_CHUNKS;
@@ -61,13 +69,20 @@ pub async fn make(
     let file = tempfile::tempfile_in(scratch)
         .map_err(|source| local("create a file in", scratch, source))?;
     let mut image = build_image(store, &planned, file, scratch, &|_| ()).await?;
-    let identity = LogIdentity { database: listing.database, name: listing.name.clone() };
+    let identity = LogIdentity {
+        database: listing.database,
+        name: listing.name.clone(),
+    };
     let own_scratch = scratch.to_owned();
     let object = format!("archive of {}", listing.name);
     let sealed = blocking(move || {
         let damaged = |error| RestoreError::in_object(&object, error);
         image.verify().map_err(damaged)?;
-        let Some(TransactionSummary { position, mut commit }) = image.transaction() else {
+        let Some(TransactionSummary {
+            position,
+            mut commit,
+        }) = image.transaction()
+        else {
             return Err(damaged(ChunkError::Damaged("no transaction")));
         };
         commit.whole_image = true;

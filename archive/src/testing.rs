@@ -17,7 +17,10 @@ use crate::chunk::LogIdentity;
 pub(crate) const NAME: &str = "/srv/app data/über.db";
 
 pub(crate) fn identity() -> LogIdentity {
-    LogIdentity { database: DatabaseId::from_bytes([7; 16]), name: NAME.into() }
+    LogIdentity {
+        database: DatabaseId::from_bytes([7; 16]),
+        name: NAME.into(),
+    }
 }
 
 /// The seed of this run: from `DUROVFS_SEED`, or drawn; printed, so that a failure can be replayed.
@@ -72,7 +75,10 @@ pub(crate) const START_TIME: i64 = 1_763_000_000_000_000;
 
 impl Model {
     pub(crate) fn new() -> Self {
-        Self { now: START_TIME, ..Self::default() }
+        Self {
+            now: START_TIME,
+            ..Self::default()
+        }
     }
 
     pub(crate) fn last_lsn(&self) -> u64 {
@@ -88,7 +94,12 @@ impl Model {
     }
 
     pub(crate) fn is_transaction(&self, lsn: u64) -> bool {
-        self.entries[lsn as usize - 1].last().unwrap().header.transaction().is_some()
+        self.entries[lsn as usize - 1]
+            .last()
+            .unwrap()
+            .header
+            .transaction()
+            .is_some()
     }
 
     /// Last transaction at or before `lsn`.
@@ -114,10 +125,17 @@ impl Model {
         self.epoch += 1;
         self.now += 10;
         let time = Timestamp::from_micros(self.now);
-        let kind = PartKind::EpochStart { time, last_transaction: self.last };
-        let part = EntryPart { header: self.header(0, kind), payload: bytes::Bytes::new() };
+        let kind = PartKind::EpochStart {
+            time,
+            last_transaction: self.last,
+        };
+        let part = EntryPart {
+            header: self.header(0, kind),
+            payload: bytes::Bytes::new(),
+        };
         self.entries.push(vec![part]);
-        self.images.push(self.images.last().cloned().unwrap_or_default());
+        self.images
+            .push(self.images.last().cloned().unwrap_or_default());
         self.times.push(time);
     }
 
@@ -148,7 +166,10 @@ impl Model {
         self.now += 1000;
         let page_size = PageSize::try_from(page_size as u32).unwrap();
         let commit = CommitHeader {
-            origin: Origin { client: ClientId::from_bytes([9; 16]), sequence: self.last_lsn() },
+            origin: Origin {
+                client: ClientId::from_bytes([9; 16]),
+                sequence: self.last_lsn(),
+            },
             time: Timestamp::from_micros(self.now),
             base_lsn: self.last.map_or(Lsn::ZERO, |last| last.position.lsn),
             page_size,
@@ -165,9 +186,16 @@ impl Model {
                 payload.push(*slot, PageNo::new(*page).unwrap(), bytes);
             }
             let last = pieces.peek().is_none();
-            let kind = if last { PartKind::Commit(commit) } else { PartKind::Pages { page_size } };
+            let kind = if last {
+                PartKind::Commit(commit)
+            } else {
+                PartKind::Pages { page_size }
+            };
             let header = self.header(parts.len(), kind);
-            parts.push(EntryPart { header, payload: payload.take() });
+            parts.push(EntryPart {
+                header,
+                payload: payload.take(),
+            });
             if last {
                 break;
             }
@@ -213,9 +241,15 @@ impl Model {
                 }
             }
             let slots = writes.iter().map(|(slot, ..)| slot + 1).max().unwrap();
-            let slot_count = if rng.random_bool(0.2) { slots / 2 } else { slots };
+            let slot_count = if rng.random_bool(0.2) {
+                slots / 2
+            } else {
+                slots
+            };
             let part_slots = rng.random_range(1..12);
-            model.commit(page_size, page_count, whole, &writes, slot_count, part_slots);
+            model.commit(
+                page_size, page_count, whole, &writes, slot_count, part_slots,
+            );
         }
         model
     }

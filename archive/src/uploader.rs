@@ -128,7 +128,12 @@ pub async fn upload(
     if outcome == PutOutcome::AlreadyThere {
         check_same(store, &key, sealed, scratch).await?;
     }
-    Ok(Uploaded { key, bytes: sealed.bytes, range: sealed.range, outcome })
+    Ok(Uploaded {
+        key,
+        bytes: sealed.bytes,
+        range: sealed.range,
+        outcome,
+    })
 }
 
 async fn check_same(
@@ -137,7 +142,10 @@ async fn check_same(
     sealed: &SealedChunk,
     scratch: &Path,
 ) -> Result<(), UploadError> {
-    let conflict = |reason: String| UploadError::Conflict { object: key.to_owned(), reason };
+    let conflict = |reason: String| UploadError::Conflict {
+        object: key.to_owned(),
+        reason,
+    };
     let listed = store.list(key).await?;
     let Some(object) = listed.into_iter().find(|object| object.key == key) else {
         // It was deleted since; the caller's repetition puts it again.

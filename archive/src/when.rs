@@ -127,18 +127,35 @@ mod tests {
         assert_eq!(When::parse("latest", NOW), Ok(When::Latest));
         assert_eq!(When::parse("lsn:42", NOW), Ok(When::Lsn(Lsn::new(42))));
         let bookmark = "000000000000002a-00000003";
-        assert_eq!(When::parse(bookmark, NOW), Ok(When::Bookmark(bookmark.parse().unwrap())));
+        assert_eq!(
+            When::parse(bookmark, NOW),
+            Ok(When::Bookmark(bookmark.parse().unwrap()))
+        );
     }
 
     // Broken: a typing error would restore some other moment instead of being refused.
     #[test]
     fn what_could_be_misread_is_refused() {
-        for bad in ["", "yesterday-ish", "lsn:", "lsn:-1", "lsn:+1", "2a-3", "5 minutes ahead"] {
+        for bad in [
+            "",
+            "yesterday-ish",
+            "lsn:",
+            "lsn:-1",
+            "lsn:+1",
+            "2a-3",
+            "5 minutes ahead",
+        ] {
             assert!(When::parse(bad, NOW).is_err(), "{bad}");
         }
         let no_zone = When::parse("2026-01-31 08:15:00", NOW);
-        assert!(matches!(no_zone, Err(InvalidWhen::NoZone(_))), "{no_zone:?}");
-        assert!(matches!(When::parse("5 minutes", NOW), Err(InvalidWhen::Future(_))));
+        assert!(
+            matches!(no_zone, Err(InvalidWhen::NoZone(_))),
+            "{no_zone:?}"
+        );
+        assert!(matches!(
+            When::parse("5 minutes", NOW),
+            Err(InvalidWhen::Future(_))
+        ));
     }
 
     // Broken: the time that history prints would not restore the commit it stands beside.

@@ -1,8 +1,8 @@
 //! Bytes of a chunk's header, blocks, index records and footer; the numbers are in
 //! `docs/archive-format.md`. Encoding and checked decoding only: no files, no order of entries.
 
-use super::{ChunkError, ChunkKind, EntryFacts, EntryKind, LogIdentity, MAX_ENTRIES, Place};
 use super::MAX_NAME_BYTES;
+use super::{ChunkError, ChunkKind, EntryFacts, EntryKind, LogIdentity, MAX_ENTRIES, Place};
 use crate::fields::Fields;
 use durovfs_wire::entry::{Origin, TransactionSummary};
 use durovfs_wire::{
@@ -56,7 +56,10 @@ fn kind_from_byte(byte: u8) -> Result<ChunkKind, ChunkError> {
 fn check_version(got: u16) -> Result<(), ChunkError> {
     match got {
         VERSION => Ok(()),
-        _ => Err(ChunkError::UnsupportedVersion { got, supported: VERSION }),
+        _ => Err(ChunkError::UnsupportedVersion {
+            got,
+            supported: VERSION,
+        }),
     }
 }
 
@@ -114,7 +117,11 @@ impl Header {
         let first_lsn = Lsn::new(fields.u64().ok_or(TRUNCATED)?);
         let name = String::from_utf8(fields.0.to_vec())
             .map_err(|_| ChunkError::Damaged("database name is not UTF-8"))?;
-        Ok(Self { kind, identity: LogIdentity { database, name }, first_lsn })
+        Ok(Self {
+            kind,
+            identity: LogIdentity { database, name },
+            first_lsn,
+        })
     }
 }
 
@@ -170,7 +177,9 @@ impl Footer {
     pub fn decode(bytes: &[u8; FOOTER_BYTES], object_bytes: u64) -> Result<Self, ChunkError> {
         const DAMAGED: ChunkError = ChunkError::Damaged("footer is damaged");
         if bytes[82..] != END_MAGIC {
-            return Err(ChunkError::Damaged("object does not end as a chunk; is it cut short?"));
+            return Err(ChunkError::Damaged(
+                "object does not end as a chunk; is it cut short?",
+            ));
         }
         check_version(u16::from_le_bytes([bytes[80], bytes[81]]))?;
         let mut fields = Fields(bytes);
@@ -204,14 +213,22 @@ impl Footer {
     }
 
     fn check(&self, object_bytes: u64) -> Result<(), ChunkError> {
-        let index_end = object_bytes.checked_sub(FOOTER_BYTES as u64).ok_or(TRUNCATED)?;
+        let index_end = object_bytes
+            .checked_sub(FOOTER_BYTES as u64)
+            .ok_or(TRUNCATED)?;
         let index_bytes = index_end.checked_sub(self.index_offset).ok_or(TRUNCATED)?;
-        let span = self.last_position.lsn.get().checked_sub(self.first_lsn.get());
+        let span = self
+            .last_position
+            .lsn
+            .get()
+            .checked_sub(self.first_lsn.get());
         let whole = span.and_then(|span| span.checked_add(1)) == Some(self.entry_count.into());
         let count = self.entry_count as usize;
         let one = self.kind == ChunkKind::Chunk || count == 1;
         if !whole || !one || count == 0 || count > MAX_ENTRIES || self.first_lsn == Lsn::ZERO {
-            return Err(ChunkError::Damaged("footer describes an impossible range of entries"));
+            return Err(ChunkError::Damaged(
+                "footer describes an impossible range of entries",
+            ));
         }
         if index_bytes > MAX_INDEX_BYTES {
             return Err(ChunkError::Damaged("index is larger than one can be"));
@@ -261,7 +278,11 @@ impl BlockPrefix {
         if stored_bytes > MAX_BLOCK_STORED_BYTES || raw_bytes > MAX_BLOCK_RAW_BYTES {
             return Err(ChunkError::Damaged("block is damaged"));
         }
-        Ok(Self { stored_bytes, raw_bytes, crc: word(8) })
+        Ok(Self {
+            stored_bytes,
+            raw_bytes,
+            crc: word(8),
+        })
     }
 
     /// The raw bytes of the block at `offset` whose stored bytes are `stored`.
@@ -271,7 +292,10 @@ impl BlockPrefix {
         stored: &[u8],
         decompressor: &mut zstd::bulk::Decompressor<'_>,
     ) -> Result<Vec<u8>, ChunkError> {
-        let lengths = [(self.stored_bytes as u32).to_le_bytes(), (self.raw_bytes as u32).to_le_bytes()];
+        let lengths = [
+            (self.stored_bytes as u32).to_le_bytes(),
+            (self.raw_bytes as u32).to_le_bytes(),
+        ];
         if stored.len() != self.stored_bytes
             || block_crc(offset, lengths.as_flattened(), stored) != self.crc
         {
@@ -304,8 +328,16 @@ pub(super) fn encode_record(facts: &EntryFacts, into: &mut Vec<u8>) {
     };
     let mut flags = 0;
     if let Some(summary) = described {
-        flags |= if summary.commit.whole_image { FLAG_WHOLE_IMAGE } else { 0 };
-        flags |= if kind == KIND_EPOCH_START { FLAG_HAS_LAST_TRANSACTION } else { 0 };
+        flags |= if summary.commit.whole_image {
+            FLAG_WHOLE_IMAGE
+        } else {
+            0
+        };
+        flags |= if kind == KIND_EPOCH_START {
+            FLAG_HAS_LAST_TRANSACTION
+        } else {
+            0
+        };
     }
     into.extend_from_slice(&[kind, flags, 0, 0]);
     into.extend_from_slice(&facts.position.epoch.get().to_le_bytes());
@@ -336,7 +368,10 @@ pub(super) fn decode_record(record: &[u8]) -> Result<EntryFacts, ChunkError> {
     let position = LogPosition::new(epoch, Lsn::new(fields.u64().ok_or(DAMAGED)?));
     let time = Timestamp::from_micros(fields.i64().ok_or(DAMAGED)?);
     let block = fields.u64().ok_or(DAMAGED)?;
-    let place = Place { block, within: fields.u32().ok_or(DAMAGED)? };
+    let place = Place {
+        block,
+        within: fields.u32().ok_or(DAMAGED)?,
+    };
     let kind = match kind {
         KIND_TRANSACTION => {
             let summary = decode_summary(&mut fields, flags).ok_or(DAMAGED)?;
@@ -346,22 +381,32 @@ pub(super) fn decode_record(record: &[u8]) -> Result<EntryFacts, ChunkError> {
             }
             EntryKind::Transaction(commit)
         }
-        KIND_EPOCH_START if flags & FLAG_HAS_LAST_TRANSACTION == 0 => {
-            EntryKind::EpochStart { last_transaction: None }
-        }
+        KIND_EPOCH_START if flags & FLAG_HAS_LAST_TRANSACTION == 0 => EntryKind::EpochStart {
+            last_transaction: None,
+        },
         KIND_EPOCH_START => {
             let summary = decode_summary(&mut fields, flags).ok_or(DAMAGED)?;
-            EntryKind::EpochStart { last_transaction: Some(summary) }
+            EntryKind::EpochStart {
+                last_transaction: Some(summary),
+            }
         }
         _ => return Err(ChunkError::Damaged("unknown kind of entry")),
     };
-    Ok(EntryFacts { position, time, kind, place })
+    Ok(EntryFacts {
+        position,
+        time,
+        kind,
+        place,
+    })
 }
 
 fn decode_summary(fields: &mut Fields<'_>, flags: u8) -> Option<TransactionSummary> {
     let slot_count = fields.u32()?;
     let client = ClientId::from_bytes(fields.array()?);
-    let origin = Origin { client, sequence: fields.u64()? };
+    let origin = Origin {
+        client,
+        sequence: fields.u64()?,
+    };
     let base_lsn = Lsn::new(fields.u64()?);
     let page_size = PageSize::try_from(fields.u32()?).ok()?;
     let page_count = fields.u32()?;

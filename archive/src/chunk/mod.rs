@@ -118,15 +118,24 @@ impl EntryFacts {
         last_transaction: Option<TransactionSummary>,
     ) -> Self {
         let kind = EntryKind::EpochStart { last_transaction };
-        Self { position, time, kind, place: Place { block: 0, within: 0 } }
+        Self {
+            position,
+            time,
+            kind,
+            place: Place {
+                block: 0,
+                within: 0,
+            },
+        }
     }
 
     /// Its facts, if it is a transaction.
     pub const fn transaction(&self) -> Option<TransactionSummary> {
         match self.kind {
-            EntryKind::Transaction(commit) => {
-                Some(TransactionSummary { position: self.position, commit })
-            }
+            EntryKind::Transaction(commit) => Some(TransactionSummary {
+                position: self.position,
+                commit,
+            }),
             EntryKind::EpochStart { .. } => None,
         }
     }
@@ -156,7 +165,13 @@ impl EntryFacts {
 
     /// Whether the same entry is meant, wherever its images are.
     pub fn is_same_entry(&self, other: &Self) -> bool {
-        Self { place: Place::default(), ..*self } == Self { place: Place::default(), ..*other }
+        Self {
+            place: Place::default(),
+            ..*self
+        } == Self {
+            place: Place::default(),
+            ..*other
+        }
     }
 }
 

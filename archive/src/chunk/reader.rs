@@ -30,7 +30,9 @@ impl ChunkIndex {
         let mut entries = Vec::with_capacity(footer.entry_count as usize);
         let mut offset = footer.index_offset;
         while !stored.is_empty() {
-            let (head, rest) = stored.split_first_chunk::<BLOCK_PREFIX_BYTES>().ok_or(DAMAGED)?;
+            let (head, rest) = stored
+                .split_first_chunk::<BLOCK_PREFIX_BYTES>()
+                .ok_or(DAMAGED)?;
             let prefix = BlockPrefix::decode(head)?;
             let (block, rest) = rest.split_at_checked(prefix.stored_bytes).ok_or(DAMAGED)?;
             let raw = prefix.unpack(offset, block, &mut decompressor)?;
@@ -65,11 +67,14 @@ impl ChunkIndex {
         });
         let count = self.entries.len() == footer.entry_count as usize;
         let bytes: u64 = self.entries.iter().map(EntryFacts::image_bytes).sum();
-        let inside = self.entries.iter().all(|facts| facts.place.block < footer.index_offset);
+        let inside = self
+            .entries
+            .iter()
+            .all(|facts| facts.place.block < footer.index_offset);
         let snapshot = footer.kind == ChunkKind::Chunk
-            || self.entries.iter().all(|facts| {
-                matches!(facts.kind, EntryKind::Transaction(commit) if commit.whole_image)
-            });
+            || self.entries.iter().all(
+                |facts| matches!(facts.kind, EntryKind::Transaction(commit) if commit.whole_image),
+            );
         if fits && ordered && count && bytes == footer.image_bytes && inside && snapshot {
             Ok(())
         } else {
@@ -97,7 +102,9 @@ pub struct ChunkReader {
 
 impl std::fmt::Debug for ChunkReader {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ChunkReader").field("footer", &self.index.footer).finish_non_exhaustive()
+        f.debug_struct("ChunkReader")
+            .field("footer", &self.index.footer)
+            .finish_non_exhaustive()
     }
 }
 
@@ -133,7 +140,9 @@ impl ChunkReader {
             || footer.first_lsn != header.first_lsn
             || footer.index_offset < header_bytes
         {
-            return Err(ChunkError::Damaged("header and footer are not of one chunk"));
+            return Err(ChunkError::Damaged(
+                "header and footer are not of one chunk",
+            ));
         }
         // At most MAX_INDEX_BYTES: the footer was checked.
         let mut stored = vec![0u8; (footer_offset - footer.index_offset) as usize];
@@ -168,7 +177,9 @@ impl ChunkReader {
         mut sink: impl FnMut(PageNo, &[u8]) -> std::io::Result<()>,
     ) -> Result<(), ChunkError> {
         const DAMAGED: ChunkError = ChunkError::Damaged("images do not fit the index");
-        let EntryKind::Transaction(commit) = facts.kind else { return Ok(()) };
+        let EntryKind::Transaction(commit) = facts.kind else {
+            return Ok(());
+        };
         if commit.slot_count == 0 {
             return Ok(());
         }
@@ -177,14 +188,21 @@ impl ChunkReader {
         let mut within = facts.place.within as usize;
         let mut last_page = 0;
         for _ in 0..commit.slot_count {
-            if self.block.as_ref().is_some_and(|block| within == block.raw.len()) {
+            if self
+                .block
+                .as_ref()
+                .is_some_and(|block| within == block.raw.len())
+            {
                 self.load_next_block()?;
                 within = 0;
             }
             let raw = self.block.as_ref().map_or(&[][..], |block| &block.raw);
-            let record = within.checked_add(record_bytes).and_then(|end| raw.get(within..end));
-            let (number, image) =
-                record.and_then(|r| r.split_first_chunk::<PAGE_NUMBER_BYTES>()).ok_or(DAMAGED)?;
+            let record = within
+                .checked_add(record_bytes)
+                .and_then(|end| raw.get(within..end));
+            let (number, image) = record
+                .and_then(|r| r.split_first_chunk::<PAGE_NUMBER_BYTES>())
+                .ok_or(DAMAGED)?;
             let page_no = PageNo::new(u32::from_le_bytes(*number)).ok_or(DAMAGED)?;
             if page_no.get() <= last_page || page_no.get() > commit.page_count {
                 return Err(DAMAGED);
@@ -211,10 +229,13 @@ impl ChunkReader {
             lsn: facts.position.lsn,
             part: 0,
             kind: match facts.kind {
-                EntryKind::EpochStart { last_transaction } => {
-                    PartKind::EpochStart { time: facts.time, last_transaction }
-                }
-                EntryKind::Transaction(commit) => PartKind::Pages { page_size: commit.page_size },
+                EntryKind::EpochStart { last_transaction } => PartKind::EpochStart {
+                    time: facts.time,
+                    last_transaction,
+                },
+                EntryKind::Transaction(commit) => PartKind::Pages {
+                    page_size: commit.page_size,
+                },
             },
         };
         let mut payload = PayloadBuilder::default();
@@ -222,7 +243,10 @@ impl ChunkReader {
         if let EntryKind::Transaction(commit) = facts.kind {
             self.read_images(facts, |page_no, image| {
                 if !payload.has_room(commit.page_size) {
-                    sink(EntryPart { header, payload: payload.take() })?;
+                    sink(EntryPart {
+                        header,
+                        payload: payload.take(),
+                    })?;
                     header.part += 1;
                 }
                 payload.push(slot, page_no, image);
@@ -231,7 +255,10 @@ impl ChunkReader {
             })?;
             header.kind = PartKind::Commit(commit);
         }
-        Ok(sink(EntryPart { header, payload: payload.take() })?)
+        Ok(sink(EntryPart {
+            header,
+            payload: payload.take(),
+        })?)
     }
 
     /// Reads all of the chunk, so that damage anywhere in it is found.
@@ -250,7 +277,10 @@ impl ChunkReader {
     }
 
     fn load_next_block(&mut self) -> Result<u64, ChunkError> {
-        let next = self.block.as_ref().map_or(self.header_bytes, |block| block.next_offset);
+        let next = self
+            .block
+            .as_ref()
+            .map_or(self.header_bytes, |block| block.next_offset);
         self.load_block(next)
     }
 
@@ -268,7 +298,11 @@ impl ChunkReader {
         read_inside(&self.file, &mut stored, start, end)?;
         let raw = prefix.unpack(offset, &stored, &mut self.decompressor)?;
         let next_offset = start + stored.len() as u64;
-        self.block = Some(Block { offset, next_offset, raw });
+        self.block = Some(Block {
+            offset,
+            next_offset,
+            raw,
+        });
         Ok(next_offset)
     }
 }
@@ -276,6 +310,8 @@ impl ChunkReader {
 fn read_inside(file: &File, into: &mut [u8], offset: u64, end: u64) -> Result<(), ChunkError> {
     match offset.checked_add(into.len() as u64) {
         Some(stop) if stop <= end => Ok(file.read_exact_at(into, offset)?),
-        Some(_) | None => Err(ChunkError::Damaged("block reaches beyond its part of the object")),
+        Some(_) | None => Err(ChunkError::Damaged(
+            "block reaches beyond its part of the object",
+        )),
     }
 }

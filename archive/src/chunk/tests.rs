@@ -15,7 +15,10 @@ use std::io::Write;
 
 fn build(model: &Model, first: u64, last: u64) -> (tempfile::TempDir, SealedChunk) {
     let scratch = tempfile::tempdir().unwrap();
-    let parts = model.parts(first, last).into_iter().map(Ok::<_, Infallible>);
+    let parts = model
+        .parts(first, last)
+        .into_iter()
+        .map(Ok::<_, Infallible>);
     let sealed = build_chunk(&identity(), scratch.path(), parts).unwrap();
     (scratch, sealed)
 }
@@ -39,7 +42,10 @@ fn images(chunk: &mut ChunkReader, facts: &EntryFacts) -> BTreeMap<u32, Vec<u8>>
 
 fn normalized(parts: &[EntryPart]) -> Vec<NormalizedEntry> {
     let mut normalizer = Normalizer::new(std::env::temp_dir());
-    parts.iter().filter_map(|part| normalizer.push(part).unwrap()).collect()
+    parts
+        .iter()
+        .filter_map(|part| normalizer.push(part).unwrap())
+        .collect()
 }
 
 fn pages_of(entry: &NormalizedEntry) -> BTreeMap<u32, Vec<u8>> {
@@ -120,8 +126,22 @@ fn read_everything(bytes: &[u8]) -> Result<Vec<EntryFacts>, ChunkError> {
 fn small_chunk() -> Vec<u8> {
     let mut model = Model::new();
     model.begin_epoch();
-    model.commit(512, 3, false, &[(0, 1, vec![1; 512]), (1, 3, vec![2; 512])], 2, 1);
-    model.commit(512, 3, false, &[(0, 2, (0..=255).cycle().take(512).collect())], 1, 1);
+    model.commit(
+        512,
+        3,
+        false,
+        &[(0, 1, vec![1; 512]), (1, 3, vec![2; 512])],
+        2,
+        1,
+    );
+    model.commit(
+        512,
+        3,
+        false,
+        &[(0, 2, (0..=255).cycle().take(512).collect())],
+        1,
+        1,
+    );
     model.begin_epoch();
     std::fs::read(build(&model, 1, 4).1.path()).unwrap()
 }
@@ -135,7 +155,11 @@ fn damage_at_every_byte_is_an_error() {
         for bit in [0x01, 0x80, 0xff] {
             let mut bad = good.clone();
             bad[at] ^= bit;
-            assert!(read_everything(&bad).is_err(), "byte {at} of {} ^ {bit:#x}", good.len());
+            assert!(
+                read_everything(&bad).is_err(),
+                "byte {at} of {} ^ {bit:#x}",
+                good.len()
+            );
         }
     }
 }
@@ -146,7 +170,10 @@ fn a_chunk_of_another_length_is_an_error() {
     let good = small_chunk();
     for length in 0..good.len() {
         assert!(read_everything(&good[..length]).is_err(), "cut at {length}");
-        assert!(read_everything(&good[length + 1..]).is_err(), "begun after {length}");
+        assert!(
+            read_everything(&good[length + 1..]).is_err(),
+            "begun after {length}"
+        );
     }
     let longer = [good.as_slice(), &[0; 7]].concat();
     assert!(read_everything(&longer).is_err());
@@ -162,14 +189,21 @@ fn another_version_is_refused_by_number() {
         let mut newer = good.clone();
         newer[at] = 9;
         let error = read_everything(&newer).unwrap_err();
-        assert!(matches!(error, ChunkError::UnsupportedVersion { got: 9, .. }), "{error}");
+        assert!(
+            matches!(error, ChunkError::UnsupportedVersion { got: 9, .. }),
+            "{error}"
+        );
     }
 }
 
 // Broken: two primaries that archive the same range would see each other's chunk as a conflict.
 #[test]
 fn the_same_entries_give_the_same_bytes_however_they_were_cut() {
-    let writes = [(0, 2, vec![5; 1024]), (1, 1, vec![6; 1024]), (1, 4, vec![7; 1024])];
+    let writes = [
+        (0, 2, vec![5; 1024]),
+        (1, 1, vec![6; 1024]),
+        (1, 4, vec![7; 1024]),
+    ];
     let chunks: Vec<_> = [1, 2, 10]
         .map(|part_slots| {
             let mut model = Model::new();
@@ -201,5 +235,9 @@ fn entries_that_do_not_follow_are_refused() {
         crate::uploader::UploadError::Chunk(ChunkError::OutOfOrder { .. })
     );
     assert!(hole, "{error}");
-    assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0, "left behind");
+    assert_eq!(
+        std::fs::read_dir(scratch.path()).unwrap().count(),
+        0,
+        "left behind"
+    );
 }

@@ -56,8 +56,17 @@ impl SealedChunk {
 
     /// The transaction, for a snapshot's key.
     pub fn snapshot_point(&self) -> SnapshotPoint {
-        let ChunkRange { last_lsn, last_epoch, last_time, .. } = self.range;
-        SnapshotPoint { lsn: last_lsn, epoch: last_epoch, time: last_time }
+        let ChunkRange {
+            last_lsn,
+            last_epoch,
+            last_time,
+            ..
+        } = self.range;
+        SnapshotPoint {
+            lsn: last_lsn,
+            epoch: last_epoch,
+            time: last_time,
+        }
     }
 }
 
@@ -85,7 +94,12 @@ impl ChunkWriter {
     /// # Errors
     /// When the file cannot be made.
     pub fn create_snapshot(scratch: &Path, identity: &LogIdentity) -> Result<Self, ChunkError> {
-        Self::begin(scratch, identity, ChunkKind::Snapshot, SNAPSHOT_COMPRESSION_LEVEL)
+        Self::begin(
+            scratch,
+            identity,
+            ChunkKind::Snapshot,
+            SNAPSHOT_COMPRESSION_LEVEL,
+        )
     }
 
     fn begin(
@@ -94,7 +108,9 @@ impl ChunkWriter {
         kind: ChunkKind,
         level: i32,
     ) -> Result<Self, ChunkError> {
-        let file = tempfile::Builder::new().prefix(SCRATCH_PREFIX).tempfile_in(scratch)?;
+        let file = tempfile::Builder::new()
+            .prefix(SCRATCH_PREFIX)
+            .tempfile_in(scratch)?;
         Ok(Self {
             kind,
             identity: identity.clone(),
@@ -144,14 +160,21 @@ impl ChunkWriter {
     ) -> Result<(), ChunkError> {
         let TransactionSummary { position, commit } = summary;
         let kind = EntryKind::Transaction(commit);
-        self.add(EntryFacts { position, time: commit.time, kind, place: Place::default() })?;
+        self.add(EntryFacts {
+            position,
+            time: commit.time,
+            kind,
+            place: Place::default(),
+        })?;
         self.image_bytes += u64::from(commit.slot_count) * commit.page_size.get() as u64;
         Ok(())
     }
 
     fn add(&mut self, mut facts: EntryFacts) -> Result<(), ChunkError> {
         if self.is_full() {
-            return Err(ChunkError::Limit("chunk has as many entries as one may have"));
+            return Err(ChunkError::Limit(
+                "chunk has as many entries as one may have",
+            ));
         }
         let got = facts.position;
         match self.entries.last() {
@@ -171,7 +194,11 @@ impl ChunkWriter {
     }
 
     fn write_header(&mut self, first_lsn: Lsn) -> Result<(), ChunkError> {
-        let header = Header { kind: self.kind, identity: self.identity.clone(), first_lsn };
+        let header = Header {
+            kind: self.kind,
+            identity: self.identity.clone(),
+            first_lsn,
+        };
         let bytes = header.encode()?;
         self.file.write_all(&bytes)?;
         self.offset += bytes.len() as u64;
@@ -184,7 +211,10 @@ impl ChunkWriter {
             return Ok(Place::default());
         }
         self.make_room(PAGE_NUMBER_BYTES + commit.page_size.get())?;
-        Ok(Place { block: self.offset, within: self.raw.len() as u32 })
+        Ok(Place {
+            block: self.offset,
+            within: self.raw.len() as u32,
+        })
     }
 
     /// Adds an image of the transaction that was begun last.
@@ -196,7 +226,11 @@ impl ChunkWriter {
     }
 
     fn make_room(&mut self, bytes: usize) -> Result<(), ChunkError> {
-        if self.raw.len() + bytes > MAX_BLOCK_RAW_BYTES { self.flush_block() } else { Ok(()) }
+        if self.raw.len() + bytes > MAX_BLOCK_RAW_BYTES {
+            self.flush_block()
+        } else {
+            Ok(())
+        }
     }
 
     fn flush_block(&mut self) -> Result<(), ChunkError> {
@@ -215,7 +249,8 @@ impl ChunkWriter {
     /// # Errors
     /// When it has no entry, or the file cannot be written.
     pub fn finish(mut self) -> Result<SealedChunk, ChunkError> {
-        let (Some(first), Some(last)) = (self.entries.first().copied(), self.entries.last().copied())
+        let (Some(first), Some(last)) =
+            (self.entries.first().copied(), self.entries.last().copied())
         else {
             return Err(ChunkError::Limit("chunk without entries"));
         };
@@ -239,7 +274,10 @@ impl ChunkWriter {
             image_bytes: self.image_bytes,
         };
         self.file.write_all(&footer.encode())?;
-        let file = self.file.into_inner().map_err(std::io::IntoInnerError::into_error)?;
+        let file = self
+            .file
+            .into_inner()
+            .map_err(std::io::IntoInnerError::into_error)?;
         let bytes = self.offset + super::FOOTER_BYTES as u64;
         let range = ChunkRange {
             first_lsn: first.position.lsn,
@@ -248,7 +286,14 @@ impl ChunkWriter {
             last_time: last.time,
         };
         let path = file.into_temp_path();
-        Ok(SealedChunk { kind: self.kind, identity: self.identity, range, bytes, entries, path })
+        Ok(SealedChunk {
+            kind: self.kind,
+            identity: self.identity,
+            range,
+            bytes,
+            entries,
+            path,
+        })
     }
 }
 
@@ -261,7 +306,11 @@ pub fn prepare_scratch(folder: &Path) -> std::io::Result<()> {
     std::fs::create_dir_all(folder)?;
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(SCRATCH_PREFIX) {
+        if entry
+            .file_name()
+            .to_string_lossy()
+            .starts_with(SCRATCH_PREFIX)
+        {
             std::fs::remove_file(entry.path())?;
         }
     }

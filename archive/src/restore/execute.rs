@@ -74,7 +74,9 @@ pub async fn execute(
         .permissions(fs::Permissions::from_mode(0o644))
         .tempfile_in(&folder)
         .map_err(|source| local("create a file in", &folder, source))?;
-    let copy = file.reopen().map_err(|source| local("open", file.path(), source))?;
+    let copy = file
+        .reopen()
+        .map_err(|source| local("open", file.path(), source))?;
     let image = build_image(store, plan, copy, &folder, progress).await?;
     let transaction = check_target(plan, &image)?;
     let (name, output, force) = (plan.identity.name.clone(), output.to_owned(), options.force);
@@ -99,13 +101,19 @@ pub(crate) async fn build_image(
     // A log's first entry follows an empty database; later ones need a whole image first.
     let mut image = Image::new(file, plan.snapshot.is_none() && first_lsn == Some(1));
     let counter = Counter::new(plan.download_bytes, progress);
-    let snapshot = plan.snapshot.iter().map(|snapshot| (&snapshot.key, snapshot.size));
+    let snapshot = plan
+        .snapshot
+        .iter()
+        .map(|snapshot| (&snapshot.key, snapshot.size));
     let chunks = plan.chunks.iter().map(|chunk| (&chunk.key, chunk.size));
     let downloads = snapshot.chain(chunks).map(|(key, size)| {
         let counter = &counter;
         async move {
             let count = |bytes| counter.add(bytes);
-            (key, download(store.as_ref(), key, size, scratch, &count).await)
+            (
+                key,
+                download(store.as_ref(), key, size, scratch, &count).await,
+            )
         }
     });
     let known: Arc<[LogPosition]> = plan.known.as_slice().into();
@@ -119,7 +127,10 @@ pub(crate) async fn build_image(
             if *chunk.identity() != identity {
                 let found = chunk.identity();
                 let reason = format!("is of log {} of {:?}", found.database, found.name);
-                return Err(RestoreError::Damaged { object: key, reason });
+                return Err(RestoreError::Damaged {
+                    object: key,
+                    reason,
+                });
             }
             let applied = image.apply(&mut chunk, target, &known).map_err(damaged)?;
             Ok((applied, image))
@@ -142,13 +153,22 @@ struct Counter<'a> {
 
 impl<'a> Counter<'a> {
     fn new(total_bytes: u64, progress: &'a (dyn Fn(Progress) + Send + Sync)) -> Self {
-        Self { downloaded: 0.into(), total_bytes, progress }
+        Self {
+            downloaded: 0.into(),
+            total_bytes,
+            progress,
+        }
     }
 
     fn add(&self, bytes: u64) {
-        let before = self.downloaded.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
+        let before = self
+            .downloaded
+            .fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
         let downloaded_bytes = before + bytes;
-        (self.progress)(Progress { downloaded_bytes, total_bytes: self.total_bytes });
+        (self.progress)(Progress {
+            downloaded_bytes,
+            total_bytes: self.total_bytes,
+        });
     }
 }
 
@@ -188,7 +208,9 @@ fn check_target(plan: &Plan, image: &Image) -> Result<TransactionSummary, Restor
     if let When::Bookmark(bookmark) = plan.target
         && image.epoch_of(bookmark.lsn) != Some(bookmark.epoch)
     {
-        return Err(not_covered(format!("bookmark {bookmark} is no commit of this history")));
+        return Err(not_covered(format!(
+            "bookmark {bookmark} is no commit of this history"
+        )));
     }
     if let When::Lsn(lsn) = plan.target
         && image.last_entry().lsn < lsn
@@ -209,18 +231,24 @@ fn finish(
     force: bool,
 ) -> Result<(), RestoreError> {
     let object = format!("archive of {name}");
-    image.verify().map_err(|error| RestoreError::in_object(&object, error))?;
-    file.as_file().sync_all().map_err(|source| local("sync", file.path(), source))?;
+    image
+        .verify()
+        .map_err(|error| RestoreError::in_object(&object, error))?;
+    file.as_file()
+        .sync_all()
+        .map_err(|source| local("sync", file.path(), source))?;
     if force {
         remove_logs(output)?;
-        file.persist(output).map_err(|error| local("rename to", output, error.error))?;
+        file.persist(output)
+            .map_err(|error| local("rename to", output, error.error))?;
     } else {
         // Somebody may have made it while the restore ran.
         refuse_existing(output)?;
-        file.persist_noclobber(output).map_err(|error| match error.error.kind() {
-            io::ErrorKind::AlreadyExists => RestoreError::Exists(output.to_owned()),
-            _ => local("rename to", output, error.error),
-        })?;
+        file.persist_noclobber(output)
+            .map_err(|error| match error.error.kind() {
+                io::ErrorKind::AlreadyExists => RestoreError::Exists(output.to_owned()),
+                _ => local("rename to", output, error.error),
+            })?;
     }
     let folder = folder_of(output);
     let synced = File::open(&folder).and_then(|folder| folder.sync_all());
@@ -268,7 +296,11 @@ fn remove_logs(output: &Path) -> Result<(), RestoreError> {
 }
 
 pub(crate) fn local(action: &'static str, path: &Path, source: io::Error) -> RestoreError {
-    RestoreError::Local { action, path: path.to_owned(), source }
+    RestoreError::Local {
+        action,
+        path: path.to_owned(),
+        source,
+    }
 }
 
 /// Runs blocking work off the async threads.
@@ -280,7 +312,11 @@ pub(crate) async fn blocking<T: Send + 'static>(
         // The work panicked, or the runtime is shutting down.
         Err(stopped) => {
             let source = io::Error::other(stopped);
-            Err(RestoreError::Local { action: "run", path: "blocking work".into(), source })
+            Err(RestoreError::Local {
+                action: "run",
+                path: "blocking work".into(),
+                source,
+            })
         }
     }
 }

@@ -114,7 +114,9 @@ impl Image {
             return Err(FORKED);
         }
         let start = known.partition_point(|position| position.lsn < got.lsn);
-        let named = known[start..].iter().take_while(|position| position.lsn == got.lsn);
+        let named = known[start..]
+            .iter()
+            .take_while(|position| position.lsn == got.lsn);
         for position in named {
             if position.epoch != got.epoch {
                 return Err(FORKED);
@@ -125,7 +127,10 @@ impl Image {
 
     fn note_position(&mut self, position: LogPosition) {
         if self.last_entry.epoch != position.epoch || self.epochs.is_empty() {
-            self.epochs.push(EpochRun { epoch: position.epoch, first_lsn: position.lsn });
+            self.epochs.push(EpochRun {
+                epoch: position.epoch,
+                first_lsn: position.lsn,
+            });
         }
         self.last_entry = position;
     }
@@ -155,7 +160,9 @@ impl Image {
             return Ok(());
         }
         if *self.write.page_size.get_or_insert(commit.page_size) != commit.page_size {
-            return Err(ChunkError::Damaged("page size changes without a whole image"));
+            return Err(ChunkError::Damaged(
+                "page size changes without a whole image",
+            ));
         }
         let (file, write, present) = (&self.file, &mut self.write, &mut self.present);
         chunk.read_images(facts, |page_no, image| {
@@ -174,7 +181,9 @@ impl Image {
             return Err(ChunkError::Damaged("no transaction"));
         };
         if self.file.metadata()?.len() != database_bytes(&commit) {
-            return Err(ChunkError::Damaged("restored file has another length than the database"));
+            return Err(ChunkError::Damaged(
+                "restored file has another length than the database",
+            ));
         }
         let mut checksum = DatabaseChecksum::EMPTY;
         self.for_each_page(|page_no, image| {
@@ -184,7 +193,9 @@ impl Image {
         if checksum == commit.checksum {
             Ok(())
         } else {
-            Err(ChunkError::Damaged("restored file does not have the checksum of the commit"))
+            Err(ChunkError::Damaged(
+                "restored file does not have the checksum of the commit",
+            ))
         }
     }
 
@@ -193,7 +204,9 @@ impl Image {
         &mut self,
         mut sink: impl FnMut(PageNo, &[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        let Some(TransactionSummary { commit, .. }) = self.transaction() else { return Ok(()) };
+        let Some(TransactionSummary { commit, .. }) = self.transaction() else {
+            return Ok(());
+        };
         let mut image = vec![0u8; commit.page_size.get()];
         self.file.seek(SeekFrom::Start(0))?;
         let mut reader = BufReader::with_capacity(READ_BUFFER_BYTES, &self.file);
@@ -309,7 +322,11 @@ mod tests {
             (1..=190).for_each(|number| set.insert(page(number)));
             set.truncate(cut);
             for number in 1..=256 {
-                assert_eq!(set.contains(page(number)), number <= cut.min(190), "{number} of {cut}");
+                assert_eq!(
+                    set.contains(page(number)),
+                    number <= cut.min(190),
+                    "{number} of {cut}"
+                );
             }
             assert_eq!(set.count(), cut.min(190));
         }

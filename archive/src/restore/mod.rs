@@ -75,7 +75,11 @@ pub enum RestoreError {
 }
 
 fn suggestion(near: &[String]) -> String {
-    if near.is_empty() { String::new() } else { format!("; did you mean {}?", near.join(" or ")) }
+    if near.is_empty() {
+        String::new()
+    } else {
+        format!("; did you mean {}?", near.join(" or "))
+    }
 }
 
 impl RestoreError {
@@ -84,9 +88,16 @@ impl RestoreError {
         match error {
             ChunkError::Io(source) => {
                 let action = "read or write a local copy of";
-                Self::Local { action, path: object.into(), source }
+                Self::Local {
+                    action,
+                    path: object.into(),
+                    source,
+                }
             }
-            other => Self::Damaged { object: object.to_owned(), reason: other.to_string() },
+            other => Self::Damaged {
+                object: object.to_owned(),
+                reason: other.to_string(),
+            },
         }
     }
 }
@@ -118,7 +129,11 @@ pub async fn restore(
             Err(RestoreError::NotCovered { what, name, .. }) => {
                 let covered = ArchiveIndex::of(store, listing).covered().await?;
                 // Only a time can be meant for an older log: positions begin anew in each.
-                let error = RestoreError::NotCovered { what, name, covered };
+                let error = RestoreError::NotCovered {
+                    what,
+                    name,
+                    covered,
+                };
                 if !matches!(when, When::Time(_)) {
                     return Err(error);
                 }
@@ -156,5 +171,7 @@ async fn no_such_database(store: &dyn Store, name: &str) -> Result<RestoreError,
     })
 }
 
+#[cfg(test)]
+mod plan_tests;
 #[cfg(test)]
 mod tests;

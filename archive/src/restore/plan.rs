@@ -55,7 +55,11 @@ impl PlanError {
                 };
             }
         };
-        RestoreError::NotCovered { what, name: listing.name.clone(), covered: Covered::default() }
+        RestoreError::NotCovered {
+            what,
+            name: listing.name.clone(),
+            covered: Covered::default(),
+        }
     }
 }
 
@@ -72,10 +76,14 @@ pub fn plan(listing: &Listing, target: When) -> Result<Plan, PlanError> {
         When::Bookmark(bookmark) => Some(bookmark.lsn),
         When::Latest | When::Time(_) => None,
     };
-    let snapshot = listing.snapshots.iter().rev().find(|snapshot| match target {
-        When::Time(time) => snapshot.point.time <= time,
-        _ => ceiling.is_none_or(|ceiling| snapshot.point.lsn <= ceiling),
-    });
+    let snapshot = listing
+        .snapshots
+        .iter()
+        .rev()
+        .find(|snapshot| match target {
+            When::Time(time) => snapshot.point.time <= time,
+            _ => ceiling.is_none_or(|ceiling| snapshot.point.lsn <= ceiling),
+        });
     let start = snapshot
         .map(|snapshot| snapshot.point.lsn.next())
         .or_else(|| listing.chunks.first().map(|chunk| chunk.range.first_lsn))
@@ -85,14 +93,19 @@ pub fn plan(listing: &Listing, target: When) -> Result<Plan, PlanError> {
     }
     let chunks = chain(listing, start, ceiling, target)?;
     let reached = chunks.last().map(|chunk| chunk.range.last_lsn);
-    let last = reached.or(snapshot.map(|snapshot| snapshot.point.lsn)).unwrap_or(Lsn::ZERO);
+    let last = reached
+        .or(snapshot.map(|snapshot| snapshot.point.lsn))
+        .unwrap_or(Lsn::ZERO);
     if ceiling.is_some_and(|ceiling| last < ceiling) {
         return Err(PlanError::BeyondEnd { last });
     }
     let download_bytes = chunks.iter().map(|chunk| chunk.size).sum::<u64>()
         + snapshot.map_or(0, |snapshot| snapshot.size);
     Ok(Plan {
-        identity: LogIdentity { database: listing.database, name: listing.name.clone() },
+        identity: LogIdentity {
+            database: listing.database,
+            name: listing.name.clone(),
+        },
         target,
         snapshot: snapshot.cloned(),
         chunks,
@@ -125,7 +138,10 @@ fn chain(
     }
     // What comes after the gap, if anything: then what is missing may hold the target.
     let chunk = listing.chunks.iter().map(|chunk| chunk.range.first_lsn);
-    let snapshot = listing.snapshots.iter().map(|snapshot| snapshot.point.lsn.next());
+    let snapshot = listing
+        .snapshots
+        .iter()
+        .map(|snapshot| snapshot.point.lsn.next());
     let after = chunk.chain(snapshot).filter(|lsn| *lsn > next).min();
     match after.and_then(Lsn::previous) {
         Some(last) => Err(PlanError::Gap { first: next, last }),
@@ -134,8 +150,14 @@ fn chain(
 }
 
 fn known_positions(listing: &Listing) -> Vec<LogPosition> {
-    let chunks = listing.chunks.iter().map(|chunk| chunk.range.last_position());
-    let snapshots = listing.snapshots.iter().map(|snapshot| snapshot.point.position());
+    let chunks = listing
+        .chunks
+        .iter()
+        .map(|chunk| chunk.range.last_position());
+    let snapshots = listing
+        .snapshots
+        .iter()
+        .map(|snapshot| snapshot.point.position());
     let mut known: Vec<_> = chunks.chain(snapshots).collect();
     known.sort_by_key(|position| (position.lsn, position.epoch));
     known.dedup();

@@ -34,7 +34,10 @@ impl FileStore {
                 "archive URL {url:?}: expected an absolute path, as in file:///var/lib/archive"
             )));
         }
-        Ok(Self { root, url: url.to_owned() })
+        Ok(Self {
+            root,
+            url: url.to_owned(),
+        })
     }
 
     async fn run<T: Send + 'static>(
@@ -50,11 +53,20 @@ impl FileStore {
         };
         let store = || self.url.clone();
         result.map_err(|error| match error.kind() {
-            ErrorKind::NotFound => StoreError::NotFound { store: store(), key: key.to_owned() },
-            ErrorKind::PermissionDenied => {
-                StoreError::Denied { store: store(), action, detail: error.to_string() }
-            }
-            _ => StoreError::Unavailable { store: store(), action, detail: error.to_string() },
+            ErrorKind::NotFound => StoreError::NotFound {
+                store: store(),
+                key: key.to_owned(),
+            },
+            ErrorKind::PermissionDenied => StoreError::Denied {
+                store: store(),
+                action,
+                detail: error.to_string(),
+            },
+            _ => StoreError::Unavailable {
+                store: store(),
+                action,
+                detail: error.to_string(),
+            },
         })
     }
 }
@@ -68,7 +80,10 @@ impl Store for FileStore {
             Body::File(path) => Source::File(path.to_owned()),
         };
         let target = key.to_owned();
-        self.run(format!("put {key}"), key, move |root| put(root, &target, source)).await
+        self.run(format!("put {key}"), key, move |root| {
+            put(root, &target, source)
+        })
+        .await
     }
 
     async fn get(&self, key: &str) -> Result<Bytes, StoreError> {
@@ -122,17 +137,23 @@ impl Store for FileStore {
         keys.iter().try_for_each(|key| check_key(key))?;
         let doomed = keys.to_vec();
         let work = move |root: &Path| {
-            doomed.iter().try_for_each(|key| match fs::remove_file(root.join(key)) {
-                Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-                Ok(()) | Err(_) => Ok(()),
-            })
+            doomed
+                .iter()
+                .try_for_each(|key| match fs::remove_file(root.join(key)) {
+                    Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+                    Ok(()) | Err(_) => Ok(()),
+                })
         };
-        self.run(format!("delete {} objects", keys.len()), "", work).await
+        self.run(format!("delete {} objects", keys.len()), "", work)
+            .await
     }
 
     async fn check(&self) -> Result<(), StoreError> {
         let action = "open the archive".to_owned();
-        self.run(action, "(the directory itself)", |root| fs::read_dir(root).map(drop)).await
+        self.run(action, "(the directory itself)", |root| {
+            fs::read_dir(root).map(drop)
+        })
+        .await
     }
 
     fn url(&self) -> &str {
@@ -153,7 +174,9 @@ fn put(root: &Path, key: &str, source: Source) -> io::Result<PutOutcome> {
     let incoming = root.join(INCOMING);
     fs::create_dir_all(&incoming)?;
     remove_abandoned(&incoming)?;
-    let mut file = tempfile::Builder::new().prefix("put-").tempfile_in(&incoming)?;
+    let mut file = tempfile::Builder::new()
+        .prefix("put-")
+        .tempfile_in(&incoming)?;
     match source {
         Source::Bytes(bytes) => file.write_all(&bytes)?,
         // A source that vanished is no missing object.
@@ -210,7 +233,9 @@ fn remove_abandoned(incoming: &Path) -> io::Result<()> {
         let Ok(modified) = entry.metadata().and_then(|metadata| metadata.modified()) else {
             continue;
         };
-        let age = SystemTime::now().duration_since(modified).unwrap_or_default();
+        let age = SystemTime::now()
+            .duration_since(modified)
+            .unwrap_or_default();
         if age > ABANDONED_AFTER {
             fs::remove_file(entry.path())?;
         }
@@ -246,21 +271,30 @@ fn list_into(
     found: &mut Vec<ObjectInfo>,
 ) -> io::Result<()> {
     for (name, is_folder) in read_folder(&root.join(folder))? {
-        let key = if folder.is_empty() { name } else { format!("{folder}/{name}") };
+        let key = if folder.is_empty() {
+            name
+        } else {
+            format!("{folder}/{name}")
+        };
         if is_folder && depth > 0 {
             if key.starts_with(prefix) || prefix.starts_with(&format!("{key}/")) {
                 list_into(root, &key, prefix, depth - 1, found)?;
             }
         } else if !is_folder && key.starts_with(prefix) {
             match fs::metadata(root.join(&key)) {
-                Ok(metadata) => found.push(ObjectInfo { key, size: metadata.len() }),
+                Ok(metadata) => found.push(ObjectInfo {
+                    key,
+                    size: metadata.len(),
+                }),
                 // Deleted since the folder was read.
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
             }
         }
         if found.len() > MAX_LISTED_OBJECTS {
-            return Err(io::Error::other(format!("more than {MAX_LISTED_OBJECTS} objects")));
+            return Err(io::Error::other(format!(
+                "more than {MAX_LISTED_OBJECTS} objects"
+            )));
         }
     }
     Ok(())

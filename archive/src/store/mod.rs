@@ -175,7 +175,9 @@ fn check_key(key: &str) -> Result<(), StoreError> {
     if key.split('/').all(legal) {
         Ok(())
     } else {
-        Err(StoreError::Invalid(format!("object key {key:?} is not legal")))
+        Err(StoreError::Invalid(format!(
+            "object key {key:?} is not legal"
+        )))
     }
 }
 

@@ -54,7 +54,10 @@ impl Location {
             return Err(invalid("no bucket".into()));
         }
         let prefix = decode_percent(prefix.trim_end_matches('/'))?;
-        let mut location = Self { bucket: bucket.into(), ..Self::default() };
+        let mut location = Self {
+            bucket: bucket.into(),
+            ..Self::default()
+        };
         if !prefix.is_empty() {
             check_key(&prefix)?;
             location.prefix = format!("{prefix}/");
@@ -79,7 +82,9 @@ impl Location {
 
     fn region(&self) -> Result<Region, StoreError> {
         let from_environment = || {
-            ["AWS_REGION", "AWS_DEFAULT_REGION"].iter().find_map(|name| std::env::var(name).ok())
+            ["AWS_REGION", "AWS_DEFAULT_REGION"]
+                .iter()
+                .find_map(|name| std::env::var(name).ok())
         };
         let region = self.region.clone().or_else(from_environment);
         match (&self.endpoint, region) {
@@ -125,7 +130,12 @@ impl S3Store {
             false => bucket,
         };
         let attempts = options.attempts.max(1);
-        Ok(Self { bucket, prefix: location.prefix, url: format!("s3://{rest}"), attempts })
+        Ok(Self {
+            bucket,
+            prefix: location.prefix,
+            url: format!("s3://{rest}"),
+            attempts,
+        })
     }
 
     fn full_key(&self, key: &str) -> Result<String, StoreError> {
@@ -137,11 +147,20 @@ impl S3Store {
         let (store, action) = (self.url.clone(), action.to_owned());
         match status_of(error) {
             // A missing bucket is no missing object.
-            Some(404) if !key.is_empty() && !is_missing_bucket(error) => {
-                StoreError::NotFound { store, key: key.to_owned() }
-            }
-            Some(401 | 403) => StoreError::Denied { store, action, detail: detail(error) },
-            _ => StoreError::Unavailable { store, action, detail: detail(error) },
+            Some(404) if !key.is_empty() && !is_missing_bucket(error) => StoreError::NotFound {
+                store,
+                key: key.to_owned(),
+            },
+            Some(401 | 403) => StoreError::Denied {
+                store,
+                action,
+                detail: detail(error),
+            },
+            _ => StoreError::Unavailable {
+                store,
+                action,
+                detail: detail(error),
+            },
         }
     }
 
@@ -165,8 +184,10 @@ impl S3Store {
     }
 
     async fn put_once(&self, key: &str, bytes: &[u8]) -> Result<PutOutcome, S3Error> {
-        let request =
-            self.bucket.put_object_builder(key, bytes).with_header("If-None-Match", "*")?;
+        let request = self
+            .bucket
+            .put_object_builder(key, bytes)
+            .with_header("If-None-Match", "*")?;
         match request.execute().await {
             Ok(_) => Ok(PutOutcome::Created),
             Err(error) if status_of(&error) == Some(412) => Ok(PutOutcome::AlreadyThere),
@@ -208,7 +229,8 @@ impl S3Store {
         loop {
             let send = || {
                 let delimiter = delimiter.map(str::to_owned);
-                self.bucket.list_page(full.clone(), delimiter, token.clone(), None, None)
+                self.bucket
+                    .list_page(full.clone(), delimiter, token.clone(), None, None)
             };
             let page = self.repeat(send).await;
             let (page, _) = page.map_err(|error| self.error(&action, "", &error))?;
@@ -216,7 +238,11 @@ impl S3Store {
             token.clone_from(&page.next_continuation_token);
             if take(page) > MAX_LISTED_OBJECTS {
                 let detail = format!("more than {MAX_LISTED_OBJECTS} objects");
-                return Err(StoreError::Unavailable { store: self.url.clone(), action, detail });
+                return Err(StoreError::Unavailable {
+                    store: self.url.clone(),
+                    action,
+                    detail,
+                });
             }
             if !more || token.is_none() {
                 return Ok(());
@@ -232,7 +258,11 @@ impl Store for S3Store {
         let local = |error: std::io::Error| {
             let action = format!("put {key}");
             let detail = format!("read the local file: {error}");
-            StoreError::Unavailable { store: self.url.clone(), action, detail }
+            StoreError::Unavailable {
+                store: self.url.clone(),
+                action,
+                detail,
+            }
         };
         let bytes = match body {
             Body::Bytes(bytes) => bytes,
@@ -258,17 +288,26 @@ impl Store for S3Store {
 
     async fn get_range(&self, key: &str, start: u64, length: u64) -> Result<Bytes, StoreError> {
         let full = self.full_key(key)?;
-        let Some(last) = length.checked_sub(1).and_then(|more| start.checked_add(more)) else {
+        let Some(last) = length
+            .checked_sub(1)
+            .and_then(|more| start.checked_add(more))
+        else {
             return Ok(Bytes::new());
         };
         let action = format!("get bytes {start} to {last} of {key}");
-        let got = self.repeat(|| self.bucket.get_object_range(&full, start, Some(last))).await;
+        let got = self
+            .repeat(|| self.bucket.get_object_range(&full, start, Some(last)))
+            .await;
         let response = got.map_err(|error| self.error(&action, key, &error))?;
         let bytes = response.bytes().clone();
         // A service that ignores ranges would give something else under the same name.
         if bytes.len() as u64 != length {
             let detail = format!("got {} bytes", bytes.len());
-            return Err(StoreError::Unavailable { store: self.url.clone(), action, detail });
+            return Err(StoreError::Unavailable {
+                store: self.url.clone(),
+                action,
+                detail,
+            });
         }
         Ok(bytes)
     }
@@ -279,7 +318,10 @@ impl Store for S3Store {
         self.list_pages(prefix, None, |page| {
             found.extend(page.contents.into_iter().filter_map(|object| {
                 let key = object.key.get(skip..)?.to_owned();
-                Some(ObjectInfo { key, size: object.size })
+                Some(ObjectInfo {
+                    key,
+                    size: object.size,
+                })
             }));
             found.len()
         })
@@ -293,7 +335,10 @@ impl Store for S3Store {
         let skip = self.prefix.len() + prefix.len();
         self.list_pages(prefix, Some("/"), |page| {
             for common in page.common_prefixes.unwrap_or_default() {
-                let name = common.prefix.get(skip..).and_then(|name| name.strip_suffix('/'));
+                let name = common
+                    .prefix
+                    .get(skip..)
+                    .and_then(|name| name.strip_suffix('/'));
                 found.extend(name.map(str::to_owned));
             }
             found.len()
@@ -305,21 +350,33 @@ impl Store for S3Store {
 
     async fn delete(&self, keys: &[String]) -> Result<(), StoreError> {
         for keys in keys.chunks(MAX_DELETED_AT_ONCE) {
-            let full = keys.iter().map(|key| self.full_key(key)).collect::<Result<Vec<_>, _>>()?;
+            let full = keys
+                .iter()
+                .map(|key| self.full_key(key))
+                .collect::<Result<Vec<_>, _>>()?;
             let objects: Vec<_> = full.into_iter().map(ObjectIdentifier::new).collect();
             let action = format!("delete {} objects", keys.len());
-            let sent = self.repeat(|| self.bucket.delete_objects(objects.clone())).await;
+            let sent = self
+                .repeat(|| self.bucket.delete_objects(objects.clone()))
+                .await;
             let answer = sent.map_err(|error| self.error(&action, "", &error))?;
             if let Some(refused) = answer.errors.first() {
                 let detail = format!("{}: {}", refused.key, refused.message);
-                return Err(StoreError::Unavailable { store: self.url.clone(), action, detail });
+                return Err(StoreError::Unavailable {
+                    store: self.url.clone(),
+                    action,
+                    detail,
+                });
             }
         }
         Ok(())
     }
 
     async fn check(&self) -> Result<(), StoreError> {
-        let send = || self.bucket.list_page(self.prefix.clone(), None, None, None, Some(1));
+        let send = || {
+            self.bucket
+                .list_page(self.prefix.clone(), None, None, None, Some(1))
+        };
         match self.repeat(send).await {
             Ok(_) => Ok(()),
             Err(error) => Err(self.error("open the archive", "", &error)),
@@ -361,7 +418,8 @@ fn detail(error: &S3Error) -> String {
         S3Error::HttpFailWithBody(status, body) => {
             let element = |name: &str| {
                 let (_, rest) = body.split_once(&format!("<{name}>"))?;
-                rest.split_once(&format!("</{name}>")).map(|(value, _)| value)
+                rest.split_once(&format!("</{name}>"))
+                    .map(|(value, _)| value)
             };
             match (element("Code"), element("Message")) {
                 (Some(code), Some(message)) if !message.is_empty() => {
@@ -382,7 +440,12 @@ fn detail(error: &S3Error) -> String {
             text
         }
     };
-    text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(MAX_DETAIL_CHARS).collect()
+    text.split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ")
+        .chars()
+        .take(MAX_DETAIL_CHARS)
+        .collect()
 }
 
 #[cfg(test)]
@@ -393,7 +456,10 @@ mod tests {
     #[test]
     fn urls_say_all_and_unknown_parameters_are_refused() {
         let url = "b/a/p%C3%BC?endpoint=http://h:1&region=r&path_style=false&profile=x";
-        assert!(Location::parse(url).is_err(), "a prefix outside ASCII is no key");
+        assert!(
+            Location::parse(url).is_err(),
+            "a prefix outside ASCII is no key"
+        );
         let location = Location::parse("b/a/p/?endpoint=http%3A//h:1&region=r&path_style=false");
         let expected = Location {
             bucket: "b".into(),

@@ -17,14 +17,24 @@ pub(crate) fn stores() -> Vec<TestStore> {
     let folder = tempfile::tempdir().unwrap();
     let url = format!("file://{}/not%20yet/there", folder.path().display());
     let store = open(&url, &S3Options::default()).unwrap();
-    let mut stores = vec![TestStore { store, _folder: Some(folder) }];
+    let mut stores = vec![TestStore {
+        store,
+        _folder: Some(folder),
+    }];
     if let Ok(url) = std::env::var("DUROVFS_TEST_S3_URL") {
         let (start, query) = url.split_once('?').unwrap();
-        let unique = format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let unique = format!(
+            "{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
         let nanos = std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos();
         let url = format!("{start}/{nanos}-{unique}?{query}");
         let store = open(&url, &S3Options::default()).unwrap();
-        stores.push(TestStore { store, _folder: None });
+        stores.push(TestStore {
+            store,
+            _folder: None,
+        });
     }
     stores
 }
@@ -37,16 +47,25 @@ async fn an_object_is_put_once_and_comes_back() {
     for TestStore { store, _folder } in stores() {
         let first = Bytes::from_static(b"first");
         let put = |bytes: &Bytes| Body::Bytes(bytes.clone());
-        assert_eq!(store.put_if_absent(KEY, put(&first)).await.unwrap(), PutOutcome::Created);
+        assert_eq!(
+            store.put_if_absent(KEY, put(&first)).await.unwrap(),
+            PutOutcome::Created
+        );
         let second = Bytes::from_static(b"second!");
         let outcome = store.put_if_absent(KEY, put(&second)).await.unwrap();
         assert_eq!(outcome, PutOutcome::AlreadyThere, "{}", store.url());
         assert_eq!(store.get(KEY).await.unwrap(), first);
         assert_eq!(store.get_range(KEY, 1, 3).await.unwrap(), "irs");
         assert_eq!(store.get_range(KEY, 5, 0).await.unwrap(), "");
-        assert!(store.get_range(KEY, 3, 5).await.is_err(), "a range beyond the end");
+        assert!(
+            store.get_range(KEY, 3, 5).await.is_err(),
+            "a range beyond the end"
+        );
         let missing = store.get("databases/x").await;
-        assert!(matches!(missing, Err(StoreError::NotFound { .. })), "{missing:?}");
+        assert!(
+            matches!(missing, Err(StoreError::NotFound { .. })),
+            "{missing:?}"
+        );
         store.check().await.unwrap();
     }
 }
@@ -65,7 +84,11 @@ async fn large_files_go_up_whole() {
                 let outcome = store.put_if_absent(&key, Body::File(&path)).await.unwrap();
                 assert_eq!(outcome, expected);
             }
-            assert!(store.get(&key).await.unwrap() == bytes, "{size} of {}", store.url());
+            assert!(
+                store.get(&key).await.unwrap() == bytes,
+                "{size} of {}",
+                store.url()
+            );
         }
     }
 }
@@ -77,7 +100,13 @@ async fn of_many_puts_at_once_one_wins() {
         let puts = (0..16u8).map(|i| {
             let store = Arc::clone(&store);
             tokio::spawn(async move {
-                (i, store.put_if_absent("race", Body::Bytes(vec![i; 99].into())).await.unwrap())
+                (
+                    i,
+                    store
+                        .put_if_absent("race", Body::Bytes(vec![i; 99].into()))
+                        .await
+                        .unwrap(),
+                )
             })
         });
         let mut winners = Vec::new();
@@ -97,17 +126,32 @@ async fn of_many_puts_at_once_one_wins() {
 async fn listings_are_complete_sorted_and_bounded_by_their_prefix() {
     for TestStore { store, _folder } in stores() {
         assert_eq!(store.list("").await.unwrap(), []);
-        assert_eq!(store.list_folders("d/").await.unwrap(), Vec::<String>::new());
+        assert_eq!(
+            store.list_folders("d/").await.unwrap(),
+            Vec::<String>::new()
+        );
         let count = 1003; // one page of S3, and three
         let keys: Vec<_> = (0..count).map(|i| format!("d/%2Fa/{i:05}")).collect();
         for keys in keys.chunks(50) {
-            let puts = keys.iter().map(|key| store.put_if_absent(key, Bytes::new().into()));
+            let puts = keys
+                .iter()
+                .map(|key| store.put_if_absent(key, Bytes::new().into()));
             let done = futures_util::future::join_all(puts).await;
-            assert!(done.into_iter().all(|outcome| outcome.unwrap() == PutOutcome::Created));
+            assert!(
+                done.into_iter()
+                    .all(|outcome| outcome.unwrap() == PutOutcome::Created)
+            );
         }
-        store.put_if_absent("d/%2Fab/x", Bytes::from_static(b"abc").into()).await.unwrap();
+        store
+            .put_if_absent("d/%2Fab/x", Bytes::from_static(b"abc").into())
+            .await
+            .unwrap();
         let listed = store.list("d/%2Fa/").await.unwrap();
-        assert!(listed.iter().map(|object| &object.key).eq(&keys), "{}", store.url());
+        assert!(
+            listed.iter().map(|object| &object.key).eq(&keys),
+            "{}",
+            store.url()
+        );
         let all = store.list("").await.unwrap();
         assert_eq!((all.len(), all.last().unwrap().size), (count + 1, 3));
         assert_eq!(store.list("d/%2Fa/0000").await.unwrap().len(), 10);
@@ -125,7 +169,10 @@ async fn keys_that_are_paths_are_refused() {
         for bad in ["", "/a", "a/", "a//b", "../a", "a/../b", "a/.b", "a b", "ü"] {
             let put = store.put_if_absent(bad, Bytes::new().into()).await;
             assert!(matches!(put, Err(StoreError::Invalid(_))), "{bad}: {put:?}");
-            assert!(matches!(store.get(bad).await, Err(StoreError::Invalid(_))), "{bad}");
+            assert!(
+                matches!(store.get(bad).await, Err(StoreError::Invalid(_))),
+                "{bad}"
+            );
         }
     }
 }
@@ -133,17 +180,29 @@ async fn keys_that_are_paths_are_refused() {
 // Broken: a wrong URL would look like an empty archive, or like one that is merely slow.
 #[tokio::test]
 async fn stores_that_are_not_there_say_so_and_open_refuses_what_is_no_url() {
-    for bad in ["", "/dir", "file://relative", "ftp://x", "s3://", "s3://b?nope=1"] {
+    for bad in [
+        "",
+        "/dir",
+        "file://relative",
+        "ftp://x",
+        "s3://",
+        "s3://b?nope=1",
+    ] {
         assert!(open(bad, &S3Options::default()).is_err(), "{bad}");
     }
     let missing = open("file:///nonexistent/archive", &S3Options::default()).unwrap();
     assert!(missing.check().await.is_err());
     assert_eq!(missing.list("").await.unwrap(), []);
-    let Ok(url) = std::env::var("DUROVFS_TEST_S3_URL") else { return };
+    let Ok(url) = std::env::var("DUROVFS_TEST_S3_URL") else {
+        return;
+    };
     let other = url.replacen("s3://durovfs-test/", "s3://no-such-bucket/", 1);
     let store = open(&other, &S3Options::default()).unwrap();
     let error = store.check().await.unwrap_err().to_string();
     assert!(error.contains("NoSuchBucket"), "{error}");
-    let put = store.put_if_absent("a", Bytes::new().into()).await.unwrap_err();
+    let put = store
+        .put_if_absent("a", Bytes::new().into())
+        .await
+        .unwrap_err();
     assert!(matches!(put, StoreError::Unavailable { .. }), "{put:?}");
 }
