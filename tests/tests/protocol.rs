@@ -1,0 +1,183 @@
+//! The sidecars, asked by a client that speaks the protocol itself: what they answer when replicas
+//! are away cannot be left to what SQLite makes of it.
+//!
+//! Broken: an answer "committed" without a quorum, a refusal that was sent, a commit taken twice.
+
+use bytes::Bytes;
+use durovfs_link::{Connection, Endpoint, FrameReceiver, FrameSender, Identity, Profile};
+use durovfs_tests::cluster::{Cluster, ClusterOptions};
+use durovfs_wire::client::{ClientMessage, CommitOutcome, SidecarMessage};
+use durovfs_wire::entry::{CommitHeader, Origin, PayloadBuilder};
+use durovfs_wire::{
+    ClientId, DatabaseChecksum, DatabaseId, Frame, Lsn, NodeName, PageNo, PageSize, Timestamp,
+};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+const NAME: &str = "/protocol/test.db";
+
+struct Client {
+    _endpoint: Endpoint,
+    _connection: Connection,
+    sender: FrameSender,
+    receiver: FrameReceiver,
+    id: ClientId,
+    sequence: u64,
+    database: DatabaseId,
+    base: Lsn,
+}
+
+impl Client {
+    async fn open(client_config: &Path, id: u8) -> Self {
+        let text = std::fs::read_to_string(client_config).unwrap();
+        let config: toml::Table = text.parse().unwrap();
+        let folder = client_config.parent().unwrap();
+        let file = |key: &str| folder.join(config[key].as_str().unwrap());
+        let identity = Identity::load(&file("ca"), &file("certificate"), &file("key")).unwrap();
+        let endpoint = Endpoint::client(&identity, Profile::Auto).unwrap();
+        let node: NodeName = config["node"].as_str().unwrap().parse().unwrap();
+        let address = config["sidecar"].as_str().unwrap().parse().unwrap();
+        let connection = endpoint.connect(address, &node).await.unwrap();
+        let (sender, receiver) = connection.open_stream().await.unwrap();
+        let mut client = Self {
+            _endpoint: endpoint,
+            _connection: connection,
+            sender,
+            receiver,
+            id: ClientId::from_bytes([id; 16]),
+            sequence: 0,
+            database: DatabaseId::from_bytes([0; 16]),
+            base: Lsn::ZERO,
+        };
+        let description = "protocol test".to_owned();
+        client.send(&ClientMessage::Hello { client: client.id, description }, Bytes::new()).await;
+        assert!(matches!(client.next().await, SidecarMessage::Welcome { .. }));
+        client.ask_open().await;
+        client
+    }
+
+    async fn ask_open(&mut self) {
+        let name = NAME.to_owned();
+        let open = ClientMessage::Open { request: 1, name, known: None, timeout_ms: 10_000 };
+        self.send(&open, Bytes::new()).await;
+        match self.next().await {
+            SidecarMessage::Opened { database, last_transaction, .. } => {
+                self.database = database;
+                self.base = last_transaction.map_or(Lsn::ZERO, |last| last.position.lsn);
+            }
+            other => panic!("open: {other:?}"),
+        }
+    }
+
+    async fn send(&mut self, message: &ClientMessage, payload: Bytes) {
+        self.sender.send(&[Frame::encode(message, payload).unwrap()]).await.unwrap();
+    }
+
+    async fn next(&mut self) -> SidecarMessage {
+        let frame = tokio::time::timeout(Duration::from_secs(30), self.receiver.recv());
+        frame.await.expect("an answer in time").unwrap().expect("a frame").message().unwrap()
+    }
+
+    async fn commit(&mut self, timeout_ms: u64) -> CommitOutcome {
+        self.sequence += 1;
+        let mut payload = PayloadBuilder::default();
+        let image = vec![self.sequence as u8; 4096];
+        payload.push(0, PageNo::new(1).unwrap(), &image);
+        let commit = CommitHeader {
+            origin: self.origin(),
+            time: Timestamp::default(),
+            base_lsn: self.base,
+            page_size: PageSize::try_from(4096).unwrap(),
+            page_count: 1,
+            slot_count: 1,
+            checksum: DatabaseChecksum::EMPTY,
+            whole_image: self.base == Lsn::ZERO,
+        };
+        let database = self.database;
+        let message = ClientMessage::Commit { database, commit, streamed_parts: 0, timeout_ms };
+        self.send(&message, payload.take()).await;
+        match self.next().await {
+            SidecarMessage::Outcome { sequence, outcome, .. } => {
+                assert_eq!(sequence, self.sequence);
+                if let CommitOutcome::Committed { position } = &outcome {
+                    assert!(position.lsn > self.base);
+                    self.base = position.lsn;
+                }
+                outcome
+            }
+            other => panic!("commit: {other:?}"),
+        }
+    }
+
+    fn origin(&self) -> Origin {
+        Origin { client: self.id, sequence: self.sequence }
+    }
+
+    async fn resolve(&mut self, timeout_ms: u64) -> SidecarMessage {
+        let message = ClientMessage::Resolve {
+            request: 77,
+            database: self.database,
+            origin: self.origin(),
+            base_lsn: self.base,
+            timeout_ms,
+        };
+        self.send(&message, Bytes::new()).await;
+        self.next().await
+    }
+}
+
+fn is_committed(outcome: &CommitOutcome) -> bool {
+    matches!(outcome, CommitOutcome::Committed { .. })
+}
+
+#[tokio::test]
+async fn outcomes_are_what_the_replicas_disks_say() {
+    let mut cluster = Cluster::start(ClusterOptions::default());
+    let mut client = Client::open(&cluster.client_config(), 1).await;
+    for _ in 0..200 {
+        let outcome = client.commit(10_000).await;
+        assert!(is_committed(&outcome), "{outcome:?}");
+    }
+
+    // Two away: commits go on.
+    cluster.freeze("replica-1");
+    cluster.freeze("replica-2");
+    for _ in 0..50 {
+        let outcome = client.commit(10_000).await;
+        assert!(is_committed(&outcome), "{outcome:?}");
+    }
+
+    // The third goes: the first commit was sent, so nobody knows; the next is refused for certain.
+    cluster.freeze("replica-3");
+    let begun = Instant::now();
+    let outcome = client.commit(3_000).await;
+    assert!(matches!(outcome, CommitOutcome::Unknown { .. }), "{outcome:?}");
+    assert!(begun.elapsed() <= Duration::from_millis(3_000), "later than the client waits");
+    let base = client.base;
+    let outcome = client.commit(3_000).await;
+    assert!(matches!(outcome, CommitOutcome::NotCommitted { .. }), "{outcome:?}");
+
+    // They come back: what was unknown is buried, what was refused is nowhere.
+    for node in ["replica-1", "replica-2", "replica-3"] {
+        cluster.thaw(node);
+    }
+    client.sequence -= 1;
+    match client.resolve(20_000).await {
+        SidecarMessage::Outcome { outcome: CommitOutcome::NotCommitted { .. }, .. } => {}
+        other => panic!("resolve: {other:?}"),
+    }
+    client.sequence += 1;
+    assert_eq!(client.base, base);
+    let outcome = client.commit(10_000).await;
+    assert!(is_committed(&outcome), "{outcome:?}");
+    assert_eq!(client.base.get(), base.get() + 2, "the burial's epoch start, then the commit");
+
+    // The sidecar restarts with nothing in flight: the log ends where it ended.
+    cluster.kill("primary");
+    cluster.start_node("primary");
+    let mut again = Client::open(&cluster.client_config(), 2).await;
+    assert_eq!(again.base, client.base);
+    let outcome = again.commit(10_000).await;
+    assert!(is_committed(&outcome), "{outcome:?}");
+    cluster.stop();
+}
