@@ -124,7 +124,7 @@ pub(crate) struct Append {
 pub(crate) enum Item {
     Append(Append),
     Resume(DatabaseId),
-    Clean,
+    Dropped(DatabaseId, Lsn),
 }
 
 #[derive(Default)]
@@ -352,7 +352,7 @@ impl Journal {
         table.drop_through(lsn);
         tables.entry_count -= before - table.entry_count();
         drop(guard);
-        self.shared.push(Item::Clean);
+        self.shared.push(Item::Dropped(database, lsn));
     }
 
     /// How much the journal holds.

@@ -23,15 +23,16 @@ pub enum Record {
         /// Membership that the claimant goes by.
         generation: u32,
     },
-    /// All entries after this one are gone. Must be the database's first record in its append.
+    /// All entries after this one are gone. In an append it must come before the
+    /// database's parts.
     Truncate {
         /// The log.
         database: DatabaseId,
         /// The last entry that stays.
         after: LogPosition,
     },
-    /// The log begins again after this entry: it and all before it are archived. Must be the
-    /// database's first record in its append.
+    /// The log begins again after this entry: it and all before it are archived. In an
+    /// append it must come before the database's parts.
     Restart {
         /// The log.
         database: DatabaseId,
@@ -147,6 +148,11 @@ pub(crate) enum Stored {
         /// The entry that is under way, and how many parts of it are there.
         pending: Option<(LogPosition, u32)>,
     },
+    /// Entries up to here are not needed any more, so that they are not held again after a restart.
+    Dropped {
+        database: DatabaseId,
+        through: Lsn,
+    },
 }
 
 impl Stored {
@@ -157,7 +163,8 @@ impl Stored {
             Self::Promise { database, .. }
             | Self::Truncate { database, .. }
             | Self::Restart { database, .. }
-            | Self::Progress { database, .. } => Some(*database),
+            | Self::Progress { database, .. }
+            | Self::Dropped { database, .. } => Some(*database),
             Self::State { state, .. } => Some(state.database),
         }
     }

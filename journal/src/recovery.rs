@@ -202,7 +202,7 @@ impl Scan {
         stored: &Stored,
         oldest: bool,
     ) -> Result<(), String> {
-        let Some(table) = self.tables.get(&state.database) else {
+        let Some(table) = self.tables.get_mut(&state.database) else {
             if !oldest && state.commit_lsn != state.last.lsn {
                 return Err("state of a database that was never mentioned before".to_owned());
             }
@@ -217,8 +217,9 @@ impl Scan {
         else {
             return Ok(());
         };
-        // What was dropped before the restart is found again here.
+        // What was dropped when the state was restated may have been read again here.
         ours.first_lsn = state.first_lsn;
+        table.drop_through(state.first_lsn.previous().unwrap_or_default());
         if &ours != state || ours_pending != pending {
             return Err(format!(
                 "restated state differs: stored {stored:?}, read {ours:?}"

@@ -84,7 +84,7 @@ pub(crate) struct Head {
     commit_lsn: Lsn,
     last_transaction: Option<TransactionSummary>,
     pending: Option<(LogPosition, u32)>,
-    /// Something came after the table's state.
+    /// The log's end is not the table's any more.
     touched: bool,
 }
 
@@ -130,9 +130,21 @@ impl Head {
                 self.commit_lsn = self.commit_lsn.max((*commit_lsn).min(self.last.lsn));
             }
             Stored::State { state, .. } => self.admit_state(state)?,
+            Stored::Dropped { through, .. } => {
+                if *through > self.commit_lsn {
+                    let commit_lsn = self.commit_lsn;
+                    return Err(format!("lsn {through} dropped, committed is {commit_lsn}"));
+                }
+            }
         }
         self.known = true;
-        self.touched = true;
+        self.touched |= matches!(
+            record,
+            Stored::Part(_)
+                | Stored::Truncate { .. }
+                | Stored::Restart { .. }
+                | Stored::State { .. }
+        );
         Ok(())
     }
 
@@ -377,6 +389,7 @@ impl Table {
                 state.archive_lsn = state.archive_lsn.max((*archive_lsn).min(state.commit_lsn));
                 self.trim_history();
             }
+            Stored::Dropped { through, .. } => self.drop_through(*through),
             Stored::State { state, pending } => *self = Self::from_state(state.clone(), *pending),
         }
         debug_assert_eq!(

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use durovfs_wire::entry::{MAX_PART_PAYLOAD_BYTES, PartKind};
 use durovfs_wire::ids::DatabaseId;
 use durovfs_wire::peer::MAX_NAME_BYTES;
-use durovfs_wire::position::Epoch;
+use durovfs_wire::position::{Epoch, Lsn};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -156,7 +156,8 @@ impl Writer {
         while let Some(item) = self.waiting.pop_front() {
             let append = match item {
                 Item::Append(append) => append,
-                Item::Clean => {
+                Item::Dropped(database, through) => {
+                    self.note_dropped(&mut batch, database, through);
                     clean = true;
                     continue;
                 }
@@ -232,6 +233,18 @@ impl Writer {
             self.push_record(batch, stored, &header, &payload);
         }
         Added::Yes
+    }
+
+    /// Writes down what was dropped, if there is room: it only spares dropping it again.
+    fn note_dropped(&mut self, batch: &mut Batch, database: DatabaseId, through: Lsn) {
+        let stored = Stored::Dropped { database, through };
+        let Ok(header) = postcard::to_stdvec(&stored) else {
+            return;
+        };
+        let end = self.offset + batch.bytes.len() as u64 + record_bytes(header.len(), 0);
+        if !self.needs_segment && !self.needs_states && end <= self.active.header.segment_bytes {
+            self.push_record(batch, stored, &header, &[]);
+        }
     }
 
     /// Whether the records may follow, and their bytes.
@@ -527,7 +540,6 @@ impl Writer {
         self.waiting
             .extend(std::mem::take(&mut lock(&self.shared.queue).items));
         let mut failed: Vec<(Completion, Result<(), JournalError>)> = batch.completions;
-        let mut kept = VecDeque::new();
         for item in std::mem::take(&mut self.waiting) {
             match item {
                 Item::Append(Append { records, done }) => {
@@ -536,10 +548,10 @@ impl Writer {
                 }
                 // Said before this failure was heard of.
                 Item::Resume(_) => {}
-                Item::Clean => kept.push_back(Item::Clean),
+                // What is not noted is held again after a restart, and dropped again.
+                Item::Dropped(..) => {}
             }
         }
-        self.waiting = kept;
         for (done, result) in failed {
             done(result.and_then(|()| Err(error.clone())));
         }

@@ -1,0 +1,245 @@
+//! Segments come and go, room ends and comes back, disks fail; what was acknowledged stays.
+
+use super::support::*;
+use crate::disk::memory::MemoryDisk;
+use crate::{Journal, JournalError, JournalOptions, Record};
+use durovfs_wire::position::{Epoch, Lsn};
+use std::sync::Arc;
+
+fn fill(journal: &Journal, from: u64) -> (u64, JournalError) {
+    let mut lsn = from;
+    loop {
+        match write(journal, vec![transaction(1, 1, lsn, vec![lsn as u8; 5000])]) {
+            Ok(()) => lsn += 1,
+            Err(error) => return (lsn, error),
+        }
+    }
+}
+
+fn small(disk: &MemoryDisk, segments: u64) -> Journal {
+    let options = JournalOptions {
+        limit_bytes: segments * (64 << 10),
+        ..options(true)
+    };
+    Journal::open_on(Arc::new(disk.clone()), options).unwrap().0
+}
+
+/// Broken if this fails: old segments pile up, or a database is forgotten when they go.
+#[test]
+fn dropped_segments_are_deleted_and_states_outlive_them() {
+    let disk = MemoryDisk::default();
+    let mut journal = open(&disk);
+    write(
+        &journal,
+        vec![promise(2, 7), start(2, 7, 1, None), progress(2, 1, 1)],
+    )
+    .unwrap();
+    journal.drop_through(database(2), Lsn::new(1));
+    write(&journal, vec![promise(1, 1), start(1, 1, 1, None)]).unwrap();
+    for lsn in 2..200 {
+        let first = pages(1, 1, lsn, 0, vec![lsn as u8; 3000]);
+        write(&journal, vec![first]).unwrap();
+        let last = last_part(1, 1, lsn, 1, vec![lsn as u8; 2000]);
+        write(&journal, vec![last, progress(1, lsn, lsn)]).unwrap();
+        if lsn > 20 {
+            journal.drop_through(database(1), Lsn::new(lsn - 20));
+        }
+        if lsn % 7 == 0 {
+            drop(journal);
+            journal = open(&disk);
+        }
+        let held = journal.state(database(1)).unwrap();
+        assert!(held.first_lsn.get() <= lsn.saturating_sub(20) + 1);
+        assert_eq!(held.last, position(1, lsn));
+        assert_eq!(held.last_transaction, Some(summary(1, lsn)));
+        let parts = read(&journal, 1, held.first_lsn.get(), lsn);
+        assert_eq!(
+            parts.len() as u64,
+            2 * (lsn + 1 - held.first_lsn.get()) - u64::from(held.first_lsn.get() == 1)
+        );
+    }
+    assert!(journal.usage().segment_count <= 5, "{:?}", journal.usage());
+    let quiet = journal.state(database(2)).unwrap();
+    assert_eq!(
+        (quiet.promised, quiet.last),
+        (Epoch::new(7), position(7, 1))
+    );
+    assert_eq!(quiet.name, "db-2");
+    let gone = journal.parts(database(1), Lsn::new(1), Lsn::new(9));
+    assert!(matches!(gone, Err(JournalError::Gone { .. })));
+}
+
+/// Broken if this fails: an entry that is not committed could be dropped, and lost for good.
+#[test]
+#[should_panic(expected = "must not be dropped")]
+fn dropping_what_is_not_committed_stops_the_node() {
+    let journal = open(&MemoryDisk::default());
+    let records = vec![
+        promise(1, 1),
+        start(1, 1, 1, None),
+        transaction(1, 1, 2, vec![]),
+        progress(1, 1, 1),
+    ];
+    write(&journal, records).unwrap();
+    journal.drop_through(database(1), Lsn::new(2));
+}
+
+/// Broken if this fails: a full replica cannot promise, so a database cannot be taken over; or it
+/// never recovers when the archive is back.
+#[test]
+fn a_full_journal_refuses_entries_but_not_promises_and_recovers() {
+    let disk = MemoryDisk::default();
+    let journal = small(&disk, 3);
+    write(&journal, vec![promise(1, 1), start(1, 1, 1, None)]).unwrap();
+    let (lsn, error) = fill(&journal, 2);
+    assert!(matches!(error, JournalError::Full { .. }), "{error:?}");
+    assert!(journal.trouble().unwrap().contains("full"));
+    assert!(journal.usage().disk_bytes <= 3 * (64 << 10));
+    for epoch in 2..300 {
+        write(&journal, vec![promise(1, epoch)]).unwrap();
+    }
+    write(&journal, vec![progress(1, lsn - 1, lsn - 1)]).unwrap();
+    journal.drop_through(database(1), Lsn::new(lsn - 1));
+    let (after, _) = fill(&journal, lsn);
+    assert!(after > lsn + 10, "entries are taken again");
+    drop(journal);
+    let journal = small(&disk, 3);
+    let state = journal.state(database(1)).unwrap();
+    assert_eq!(
+        (state.last, state.promised),
+        (position(1, after - 1), Epoch::new(299))
+    );
+}
+
+/// Broken if this fails: a full file system stops promises at once, or the node needs a restart
+/// when there is room again.
+#[test]
+fn a_full_disk_refuses_entries_until_there_is_room() {
+    let disk = MemoryDisk::default();
+    let journal = open(&disk);
+    write(&journal, vec![promise(1, 1), start(1, 1, 1, None)]).unwrap();
+    disk.limit_room(Some(100 << 10));
+    let (lsn, error) = fill(&journal, 2);
+    assert!(matches!(error, JournalError::Full { .. }), "{error:?}");
+    assert!(journal.trouble().is_some());
+    write(&journal, vec![promise(1, 2)]).unwrap();
+    disk.limit_room(None);
+    let begun = std::time::Instant::now();
+    while write(&journal, vec![transaction(1, 1, lsn, vec![1; 5000])]).is_err() {
+        assert!(begun.elapsed().as_secs() < 60, "room came back unnoticed");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    assert_eq!(journal.trouble(), None);
+    drop(journal);
+    assert_eq!(
+        open(&disk).state(database(1)).unwrap().last,
+        position(1, lsn)
+    );
+}
+
+/// Broken if this fails: after a disk error something is acknowledged that is not on disk, or
+/// something that failed comes back between entries that did not.
+#[test]
+fn one_failed_operation_anywhere_loses_nothing_acknowledged() {
+    // In parallel: after a failed preparation a second passes before the next.
+    const THREADS: u64 = 8;
+    let threads: Vec<_> = (0..THREADS)
+        .map(|first| {
+            std::thread::spawn(move || {
+                (0..25)
+                    .filter(|step| write_with_fault(first + step * THREADS))
+                    .count()
+            })
+        })
+        .collect();
+    let failed: usize = threads
+        .into_iter()
+        .map(|thread| thread.join().unwrap())
+        .sum();
+    assert!(failed > 100, "only {failed} faults were met");
+}
+
+/// One run whose disk fails once; whether an append failed.
+fn write_with_fault(fault: u64) -> bool {
+    let disk = MemoryDisk::default();
+    let journal = open(&disk);
+    write(&journal, vec![promise(1, 1), start(1, 1, 1, None)]).unwrap();
+    disk.fail_after(fault);
+    let (mut lsn, mut failures) = (2, 0);
+    while lsn < 60 {
+        match write(&journal, vec![transaction(1, 1, lsn, vec![failures; 4000])]) {
+            Ok(()) => lsn += 1,
+            Err(_) => failures += 1,
+        }
+        assert!(failures < 250, "fault {fault} never passes");
+        if failures > 1 {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+    }
+    let expected = read(&journal, 1, 1, lsn);
+    assert_eq!(expected.len(), 59);
+    // Power goes: only what was synced is left.
+    let disk = disk.crash(&mut |_| 0);
+    drop(journal);
+    let journal = open(&disk);
+    assert_eq!(
+        journal.state(database(1)).unwrap().last,
+        position(1, lsn - 1),
+        "{fault}"
+    );
+    assert_eq!(read(&journal, 1, 1, lsn), expected, "fault {fault}");
+    failures > 0
+}
+
+/// Broken if this fails: entries of one log continue another's, after a truncation between them
+/// was refused.
+#[test]
+fn after_a_failed_cut_nothing_builds_on_it() {
+    let disk = MemoryDisk::default();
+    let journal = open(&disk);
+    let first: Vec<Record> = (2..5).map(|lsn| transaction(1, 1, lsn, vec![])).collect();
+    write(
+        &journal,
+        [vec![promise(1, 1), start(1, 1, 1, None)], first].concat(),
+    )
+    .unwrap();
+    // The other log: lsn 3 of epoch 2 after lsn 2. Its truncation fails, what follows is in flight.
+    disk.fail_after(0);
+    let cut = vec![
+        promise(1, 2),
+        truncate(1, 1, 2),
+        start(1, 2, 3, Some(summary(1, 2))),
+    ];
+    assert!(matches!(
+        write(&journal, cut.clone()),
+        Err(JournalError::Io { .. })
+    ));
+    assert!(journal.trouble().unwrap().contains("injected fault"));
+    let later = vec![start(1, 3, 5, None)];
+    assert!(matches!(
+        write(&journal, later.clone()),
+        Err(JournalError::Refused { .. })
+    ));
+    assert!(
+        write(&journal, vec![progress(1, 4, 4)]).is_err(),
+        "its commit_lsn is the other log's"
+    );
+    assert_eq!(journal.state(database(1)).unwrap().last, position(1, 4));
+    // Made good by the same again.
+    write(&journal, cut).unwrap();
+    assert_eq!(journal.trouble(), None);
+    assert_eq!(journal.state(database(1)).unwrap().last, position(2, 3));
+    write(&journal, vec![transaction(1, 2, 4, vec![])]).unwrap();
+    // Or by saying so.
+    disk.fail_after(0);
+    assert!(write(&journal, vec![promise(1, 3)]).is_err());
+    assert!(write(&journal, vec![transaction(1, 2, 5, vec![])]).is_err());
+    journal.resume(database(1));
+    write(&journal, vec![transaction(1, 2, 5, vec![])]).unwrap();
+    drop(journal);
+    let state = open(&disk).state(database(1)).unwrap();
+    assert_eq!(
+        (state.last, state.promised),
+        (position(2, 5), Epoch::new(2))
+    );
+}
