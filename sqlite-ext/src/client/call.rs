@@ -128,3 +128,62 @@ impl Wake for Unpark {
         self.0.unpark();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_is_either_sent_or_withdrawn() {
+        // Broken if not: a commit is reported as certainly not committed, and sent after that.
+        let call = Call::new(None);
+        assert!(call.withdraw());
+        assert!(!call.begin_sending());
+        assert!(!call.was_sent());
+        let call = Call::new(None);
+        assert!(call.begin_sending());
+        assert!(!call.withdraw());
+        assert!(call.was_sent());
+    }
+
+    #[test]
+    fn of_two_threads_only_one_wins() {
+        // Broken if not: the same, in the moment when the time is over while the frame goes out.
+        for _ in 0..2_000 {
+            let call = Call::new(None);
+            let (sent, withdrawn) = std::thread::scope(|scope| {
+                let sending = scope.spawn(|| call.begin_sending());
+                let withdrawn = call.withdraw();
+                (sending.join().unwrap(), withdrawn)
+            });
+            assert_ne!(sent, withdrawn);
+        }
+    }
+
+    #[test]
+    fn the_sidecar_is_told_of_less_time_than_the_caller_has() {
+        // Broken if not: the sidecar's answer comes when the caller has given up.
+        let call = Call::new(Some(Duration::from_secs(10)));
+        assert!((9_000..=9_700).contains(&call.remaining_ms()), "{}", call.remaining_ms());
+        assert_eq!(Call::new(None).remaining_ms(), 0);
+        // Zero would be for ever.
+        assert_eq!(Call::new(Some(Duration::ZERO)).remaining_ms(), 1);
+    }
+
+    #[test]
+    fn a_wait_ends_with_its_deadline_or_its_answer() {
+        // Broken if not: SQLite's thread hangs for ever, or gives up on what was answered.
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let deadline = Instant::now() + Duration::from_millis(30);
+        assert!(block_on(receiver, || Some(deadline)).is_none());
+        assert!(Instant::now() >= deadline);
+        assert!(sender.send(()).is_err());
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let answering = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(30));
+            sender.send(7).unwrap();
+        });
+        assert_eq!(block_on(receiver, || None), Some(Ok(7)));
+        answering.join().unwrap();
+    }
+}
