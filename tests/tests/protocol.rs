@@ -50,18 +50,38 @@ impl Client {
             base: Lsn::ZERO,
         };
         let description = "protocol test".to_owned();
-        client.send(&ClientMessage::Hello { client: client.id, description }, Bytes::new()).await;
-        assert!(matches!(client.next().await, SidecarMessage::Welcome { .. }));
+        client
+            .send(
+                &ClientMessage::Hello {
+                    client: client.id,
+                    description,
+                },
+                Bytes::new(),
+            )
+            .await;
+        assert!(matches!(
+            client.next().await,
+            SidecarMessage::Welcome { .. }
+        ));
         client.ask_open().await;
         client
     }
 
     async fn ask_open(&mut self) {
         let name = NAME.to_owned();
-        let open = ClientMessage::Open { request: 1, name, known: None, timeout_ms: 10_000 };
+        let open = ClientMessage::Open {
+            request: 1,
+            name,
+            known: None,
+            timeout_ms: 10_000,
+        };
         self.send(&open, Bytes::new()).await;
         match self.next().await {
-            SidecarMessage::Opened { database, last_transaction, .. } => {
+            SidecarMessage::Opened {
+                database,
+                last_transaction,
+                ..
+            } => {
                 self.database = database;
                 self.base = last_transaction.map_or(Lsn::ZERO, |last| last.position.lsn);
             }
@@ -70,12 +90,21 @@ impl Client {
     }
 
     async fn send(&mut self, message: &ClientMessage, payload: Bytes) {
-        self.sender.send(&[Frame::encode(message, payload).unwrap()]).await.unwrap();
+        self.sender
+            .send(&[Frame::encode(message, payload).unwrap()])
+            .await
+            .unwrap();
     }
 
     async fn next(&mut self) -> SidecarMessage {
         let frame = tokio::time::timeout(Duration::from_secs(30), self.receiver.recv());
-        frame.await.expect("an answer in time").unwrap().expect("a frame").message().unwrap()
+        frame
+            .await
+            .expect("an answer in time")
+            .unwrap()
+            .expect("a frame")
+            .message()
+            .unwrap()
     }
 
     async fn commit(&mut self, timeout_ms: u64) -> CommitOutcome {
@@ -94,10 +123,17 @@ impl Client {
             whole_image: self.base == Lsn::ZERO,
         };
         let database = self.database;
-        let message = ClientMessage::Commit { database, commit, streamed_parts: 0, timeout_ms };
+        let message = ClientMessage::Commit {
+            database,
+            commit,
+            streamed_parts: 0,
+            timeout_ms,
+        };
         self.send(&message, payload.take()).await;
         match self.next().await {
-            SidecarMessage::Outcome { sequence, outcome, .. } => {
+            SidecarMessage::Outcome {
+                sequence, outcome, ..
+            } => {
                 assert_eq!(sequence, self.sequence);
                 if let CommitOutcome::Committed { position } = &outcome {
                     assert!(position.lsn > self.base);
@@ -110,7 +146,10 @@ impl Client {
     }
 
     fn origin(&self) -> Origin {
-        Origin { client: self.id, sequence: self.sequence }
+        Origin {
+            client: self.id,
+            sequence: self.sequence,
+        }
     }
 
     async fn resolve(&mut self, timeout_ms: u64) -> SidecarMessage {
@@ -151,11 +190,20 @@ async fn outcomes_are_what_the_replicas_disks_say() {
     cluster.freeze("replica-3");
     let begun = Instant::now();
     let outcome = client.commit(3_000).await;
-    assert!(matches!(outcome, CommitOutcome::Unknown { .. }), "{outcome:?}");
-    assert!(begun.elapsed() <= Duration::from_millis(3_000), "later than the client waits");
+    assert!(
+        matches!(outcome, CommitOutcome::Unknown { .. }),
+        "{outcome:?}"
+    );
+    assert!(
+        begun.elapsed() <= Duration::from_millis(3_000),
+        "later than the client waits"
+    );
     let base = client.base;
     let outcome = client.commit(3_000).await;
-    assert!(matches!(outcome, CommitOutcome::NotCommitted { .. }), "{outcome:?}");
+    assert!(
+        matches!(outcome, CommitOutcome::NotCommitted { .. }),
+        "{outcome:?}"
+    );
 
     // They come back: what was unknown is buried, what was refused is nowhere.
     for node in ["replica-1", "replica-2", "replica-3"] {
@@ -163,14 +211,21 @@ async fn outcomes_are_what_the_replicas_disks_say() {
     }
     client.sequence -= 1;
     match client.resolve(20_000).await {
-        SidecarMessage::Outcome { outcome: CommitOutcome::NotCommitted { .. }, .. } => {}
+        SidecarMessage::Outcome {
+            outcome: CommitOutcome::NotCommitted { .. },
+            ..
+        } => {}
         other => panic!("resolve: {other:?}"),
     }
     client.sequence += 1;
     assert_eq!(client.base, base);
     let outcome = client.commit(10_000).await;
     assert!(is_committed(&outcome), "{outcome:?}");
-    assert_eq!(client.base.get(), base.get() + 2, "the burial's epoch start, then the commit");
+    assert_eq!(
+        client.base.get(),
+        base.get() + 2,
+        "the burial's epoch start, then the commit"
+    );
 
     // The sidecar restarts with nothing in flight: the log ends where it ended.
     cluster.kill("primary");
