@@ -173,18 +173,23 @@ impl Primary {
         if epoch != self.epoch || generation != self.membership.generation {
             return Ok(());
         }
+        // Nor one of a node that has not promised to this claimant: an earlier start of this node
+        // may have claimed the same epoch, lost its journal's tail, and forgotten.
+        let Some(state) = self
+            .nodes
+            .get_mut(node)
+            .filter(|n| n.standing == Standing::Promised)
+        else {
+            return Ok(());
+        };
         if flush_lsn > self.last.lsn {
             return Err(ProtocolViolation::malformed(format!(
                 "node={node} acks flush_lsn={flush_lsn} in epoch={epoch}, the log ends at {}",
                 self.last
             )));
         }
-        if let Some(state) = self.nodes.get_mut(node)
-            && state.standing == Standing::Promised
-        {
-            state.flush_lsn = state.flush_lsn.max(flush_lsn);
-            self.count_acks();
-        }
+        state.flush_lsn = state.flush_lsn.max(flush_lsn);
+        self.count_acks();
         Ok(())
     }
 

@@ -1,0 +1,131 @@
+//! The log under crashes, cut links and competing primaries, seed after seed.
+//!
+//! `DUROVFS_SEED=N` runs that one seed. Every failure prints its seed.
+
+// Helpers outside of test functions may panic as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use world::{Fault, Tally, World};
+
+const SEED_COUNT: u64 = 600;
+const STEP_COUNT: usize = 3000;
+
+fn seeds() -> std::ops::Range<u64> {
+    match std::env::var("DUROVFS_SEED") {
+        Ok(text) => {
+            let seed = text.parse().expect("DUROVFS_SEED is a number");
+            seed..seed + 1
+        }
+        Err(_) => 0..SEED_COUNT,
+    }
+}
+
+fn run(seed: u64, fault: Fault) -> Result<Tally, String> {
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        let mut world = World::new(seed, fault);
+        world.run(STEP_COUNT);
+        world.tally
+    }));
+    result.map_err(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+            .unwrap_or_default()
+    })
+}
+
+// If this failed, an acknowledged commit could be lost, or a refused one come to life.
+#[test]
+fn no_schedule_loses_a_commit_or_revives_a_buried_one() {
+    let mut sum = Tally::default();
+    for seed in seeds() {
+        let tally = match run(seed, Fault::None) {
+            Ok(tally) => tally,
+            Err(panic) => panic!("DUROVFS_SEED={seed}: {panic}"),
+        };
+        sum.committed += tally.committed;
+        sum.opened += tally.opened;
+        sum.buried += tally.buried;
+        sum.bury_refused += tally.bury_refused;
+        sum.fenced += tally.fenced;
+        sum.fetched += tally.fetched;
+        sum.fetch_failed += tally.fetch_failed;
+        sum.truncated += tally.truncated;
+        sum.replica_restarts += tally.replica_restarts;
+        sum.own_restarts += tally.own_restarts;
+        sum.crashes += tally.crashes;
+        sum.trouble += tally.trouble;
+    }
+    eprintln!("{sum:?}");
+    if seeds().count() > 1 {
+        // A rule that no schedule reaches is not tested by any.
+        for (what, count) in [
+            ("commits", sum.committed),
+            ("elections", sum.opened),
+            ("burials", sum.buried),
+            ("refused burials", sum.bury_refused),
+            ("fenced primaries", sum.fenced),
+            ("fetches", sum.fetched),
+            ("failed fetches", sum.fetch_failed),
+            ("cut tails", sum.truncated),
+            (
+                "replicas that went on from the archive",
+                sum.replica_restarts,
+            ),
+            ("primaries that went on from the archive", sum.own_restarts),
+            ("crashes", sum.crashes),
+            ("disks in trouble", sum.trouble),
+        ] {
+            assert!(count >= 20, "only {count} {what} in all seeds: {sum:?}");
+        }
+    }
+}
+
+// If this failed, a failure found by a seed could not be looked at again.
+#[test]
+fn a_seed_gives_the_same_run_twice() {
+    assert_eq!(run(42, Fault::None), run(42, Fault::None));
+    assert_ne!(run(42, Fault::None), run(43, Fault::None));
+}
+
+/// Finds the first seed in which the fault is seen.
+fn assert_caught(fault: Fault, within: u64) {
+    let caught = (0..within).find_map(|seed| run(seed, fault).err().map(|panic| (seed, panic)));
+    match caught {
+        Some((seed, panic)) => eprintln!("{fault:?} caught by seed {seed}: {panic}"),
+        None => panic!("{fault:?} was not seen in {within} seeds"),
+    }
+}
+
+// If one of these failed, the simulation would let the product lose commits in just that way.
+#[test]
+fn a_quorum_of_two_is_caught() {
+    assert_caught(Fault::QuorumOfTwo, 50);
+}
+
+#[test]
+fn counting_entries_of_older_epochs_is_caught() {
+    assert_caught(Fault::CountOldEpochs, 600);
+}
+
+#[test]
+fn a_promise_that_is_not_persisted_is_caught() {
+    assert_caught(Fault::PromiseNotPersisted, 200);
+}
+
+#[test]
+fn a_divergent_tail_that_stays_is_caught() {
+    assert_caught(Fault::NoTruncation, 50);
+}
+
+#[test]
+fn a_burial_without_its_condition_is_caught() {
+    assert_caught(Fault::BuryUnconditionally, 600);
+}
+
+#[test]
+fn an_ack_before_the_sync_is_caught() {
+    assert_caught(Fault::AckBeforeSync, 50);
+}

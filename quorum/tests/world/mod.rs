@@ -1,0 +1,332 @@
+//! A small world: five replicas, two hosts that both want to be primary, links that are cut, disks
+//! that lose what was not synced. All of it is drawn from one seed.
+//!
+//! Faults that a wrong implementation would have are made here, in the drivers, disks and links; the
+//! state machines run as they are.
+
+pub mod checker;
+pub mod disk;
+mod host;
+mod node;
+
+use checker::Checker;
+use disk::{Disk, Entry};
+use durovfs_quorum::Membership;
+use durovfs_wire::peer::{PrimaryMessage, ReplicaMessage};
+use durovfs_wire::{
+    ClaimantId, ClientId, CommitHeader, DatabaseChecksum, DatabaseId, LogPosition, Lsn, NodeName,
+    Origin, PageSize, PartHeader, PartKind, Timestamp,
+};
+use host::Host;
+use node::Node;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::collections::VecDeque;
+
+pub const REPLICA_COUNT: usize = 5;
+const HOST_COUNT: usize = 2;
+const GENERATION: u32 = 1;
+const MAX_CLAIM_COUNT: usize = 4;
+
+/// What a wrong implementation would do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    None,
+    /// Two acks commit, two promises win.
+    QuorumOfTwo,
+    /// Entries of older epochs are committed by counting the disks that hold them.
+    CountOldEpochs,
+    /// A promise is answered without being written.
+    PromiseNotPersisted,
+    /// A divergent tail stays on disk.
+    NoTruncation,
+    /// A burial does not ask whether another claimant was there in between.
+    BuryUnconditionally,
+    /// An entry is acked before it is synced.
+    AckBeforeSync,
+}
+
+/// What happened, over all seeds: a simulation in which something never happens proves nothing of it.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Tally {
+    pub committed: u64,
+    pub opened: u64,
+    pub buried: u64,
+    pub bury_refused: u64,
+    pub fenced: u64,
+    pub fetched: u64,
+    pub fetch_failed: u64,
+    pub truncated: u64,
+    pub replica_restarts: u64,
+    pub own_restarts: u64,
+    pub crashes: u64,
+    pub trouble: u64,
+    pub trace: u64,
+}
+
+impl Tally {
+    fn note(&mut self, number: u64) {
+        self.trace = self
+            .trace
+            .rotate_left(7)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            ^ number;
+    }
+}
+
+/// A message to a replica; an append carries its entry.
+#[derive(Debug, Clone)]
+struct ToReplica {
+    message: PrimaryMessage,
+    entry: Option<Entry>,
+}
+
+/// One connection, both ways in order.
+#[derive(Debug, Default)]
+struct Link {
+    up: bool,
+    to_replica: VecDeque<ToReplica>,
+    to_host: VecDeque<ReplicaMessage>,
+}
+
+pub struct World {
+    rng: ChaCha8Rng,
+    fault: Fault,
+    hosts: Vec<Host>,
+    nodes: Vec<Node>,
+    links: Vec<Vec<Link>>,
+    checker: Checker,
+    next_value: u64,
+    pub tally: Tally,
+}
+
+pub fn database() -> DatabaseId {
+    DatabaseId::from_bytes([7; 16])
+}
+
+pub fn node_name(index: usize) -> NodeName {
+    format!("replica-{index}").parse().unwrap()
+}
+
+fn host_name(index: usize) -> NodeName {
+    format!("host-{index}").parse().unwrap()
+}
+
+fn index_of(name: &NodeName) -> usize {
+    name.as_str().rsplit('-').next().unwrap().parse().unwrap()
+}
+
+fn part_header(entry: &Entry, part: u32) -> PartHeader {
+    let page_size = PageSize::try_from(512).unwrap();
+    let kind = if part + 1 < entry.part_count {
+        PartKind::Pages { page_size }
+    } else if entry.is_start {
+        PartKind::EpochStart {
+            time: Timestamp::from_micros(0),
+            last_transaction: None,
+        }
+    } else {
+        PartKind::Commit(CommitHeader {
+            origin: Origin {
+                client: ClientId::from_bytes([1; 16]),
+                sequence: entry.value,
+            },
+            time: Timestamp::from_micros(0),
+            base_lsn: Lsn::ZERO,
+            page_size,
+            page_count: 1,
+            slot_count: 1,
+            checksum: DatabaseChecksum::default(),
+            whole_image: false,
+        })
+    };
+    let LogPosition { epoch, lsn } = entry.position;
+    PartHeader {
+        database: database(),
+        epoch,
+        lsn,
+        part,
+        kind,
+    }
+}
+
+impl World {
+    pub fn new(seed: u64, fault: Fault) -> Self {
+        let nodes = (0..REPLICA_COUNT).map(node_name).collect();
+        let ack_quorum = if fault == Fault::QuorumOfTwo { 2 } else { 3 };
+        let membership = Membership {
+            generation: GENERATION,
+            nodes,
+            ack_quorum,
+        };
+        Self {
+            rng: ChaCha8Rng::seed_from_u64(seed),
+            fault,
+            hosts: (0..HOST_COUNT).map(|_| Host::new(&membership)).collect(),
+            nodes: (0..REPLICA_COUNT).map(|_| Node::new()).collect(),
+            links: (0..HOST_COUNT)
+                .map(|_| (0..REPLICA_COUNT).map(|_| Link::default()).collect())
+                .collect(),
+            checker: Checker::default(),
+            next_value: 1,
+            tally: Tally::default(),
+        }
+    }
+
+    fn chance(&mut self, percent: u32) -> bool {
+        self.rng.random_range(0..100) < percent
+    }
+
+    fn pick(&mut self, count: usize) -> usize {
+        self.rng.random_range(0..count)
+    }
+
+    fn claimant(&mut self) -> ClaimantId {
+        ClaimantId::from_bytes(self.rng.random())
+    }
+
+    /// Runs with faults, then heals all and finds the log alive.
+    pub fn run(&mut self, step_count: usize) {
+        for node in 0..REPLICA_COUNT {
+            (0..HOST_COUNT).for_each(|host| self.connect(host, node));
+        }
+        for step in 0..step_count {
+            self.step();
+            self.tally.note(self.next_value);
+            if step % 8 == 0 {
+                self.check();
+            }
+        }
+        self.check();
+        self.heal();
+        self.check();
+    }
+
+    fn check(&self) {
+        let disks: Vec<&Disk> = self.nodes.iter().map(|node| &node.disk).collect();
+        self.checker.check_nothing_lost(&disks);
+        for node in &self.nodes {
+            if let Some(replica) = &node.replica {
+                self.checker.check_replica(&node.disk, replica);
+            }
+        }
+    }
+
+    fn step(&mut self) {
+        let (host, node) = (self.pick(HOST_COUNT), self.pick(REPLICA_COUNT));
+        match self.rng.random_range(0..1000) {
+            0..230 => self.some_times(|world| world.deliver_to_replica(host, node)),
+            230..400 => self.some_times(|world| world.deliver_to_host(host, node)),
+            400..540 => self.sync(node),
+            540..710 => self.some_times(|world| world.pump(host, node)),
+            710..780 => self.client_commit(host),
+            780..850 => self.finish_append(host),
+            850..880 => self.finish_fetch(host),
+            880..935 => self.connect(host, node),
+            935..940 => self.disconnect(host, node),
+            940..942 => self.crash_replica(node),
+            942..954 => self.start_replica(node),
+            954..955 => self.crash_host(host),
+            955..966 => self.want_to_lead(host),
+            966..974 => self.bury(host),
+            974..981 => self.archive(host),
+            981..990 => self.persist_progress(node),
+            990..995 => self.drop_entries(host, node),
+            995..996 => self.trouble(node),
+            _ => self.restart_feed(host, node),
+        }
+    }
+
+    fn some_times(&mut self, what: impl Fn(&mut Self)) {
+        for _ in 0..=self.pick(4) {
+            what(self);
+        }
+    }
+
+    fn connect(&mut self, host: usize, node: usize) {
+        // A link that is up is seldom made anew.
+        let keeps = self.links[host][node].up && !self.chance(3);
+        if self.nodes[node].replica.is_none() || keeps {
+            return;
+        }
+        self.disconnect(host, node);
+        self.links[host][node].up = true;
+        self.hosts[host].primary.handle_connected(&node_name(node));
+        self.drive_host(host);
+    }
+
+    fn disconnect(&mut self, host: usize, node: usize) {
+        if std::mem::take(&mut self.links[host][node]).up {
+            self.hosts[host]
+                .primary
+                .handle_disconnected(&node_name(node));
+            self.drive_host(host);
+        }
+    }
+
+    /// All nodes and links come back and nothing fails any more: one host must open the log, commit,
+    /// and bring all five level.
+    fn heal(&mut self) {
+        for node in 0..REPLICA_COUNT {
+            self.start_replica(node);
+            self.disconnect(1, node);
+            self.disconnect(0, node);
+            self.connect(0, node);
+        }
+        // A refusal tells a higher epoch, so that few attempts are enough.
+        for _ in 0..MAX_CLAIM_COUNT {
+            self.claim(0);
+            self.settle();
+            let primary = &self.hosts[0].primary;
+            let all = primary.progress().all(|(_, progress)| progress.promised);
+            if all && primary.next_lsn().is_some() {
+                break;
+            }
+        }
+        let committed_before = self.checker.committed.len();
+        self.client_commit(0);
+        self.settle();
+        assert!(
+            self.checker.committed.len() > committed_before,
+            "no commit after all is well again: {:?} {:?}",
+            self.hosts[0].primary.state(),
+            self.hosts[0].primary.progress().collect::<Vec<_>>()
+        );
+        for node in &self.nodes {
+            assert_eq!(
+                node.disk.log.last(),
+                self.hosts[0].log.last(),
+                "a replica is not level: {:?} {:?}",
+                self.hosts[0].primary.progress().collect::<Vec<_>>(),
+                node.replica
+            );
+        }
+    }
+
+    fn settle(&mut self) {
+        for _ in 0..60 {
+            for node in 0..REPLICA_COUNT {
+                for _ in 0..4 {
+                    self.pump(0, node);
+                    self.deliver(0, node);
+                    self.sync_all(node);
+                    self.answer(0, node);
+                }
+            }
+            self.finish_append(0);
+            self.fetch_now(0, false);
+            if self.is_quiet() {
+                return;
+            }
+        }
+    }
+
+    /// Nothing is under way any more at the first host, and all it has was sent.
+    fn is_quiet(&self) -> bool {
+        self.hosts[0].has_sent_all()
+            && self.nodes.iter().all(|node| node.disk.unsynced.is_empty())
+            && self.links[0]
+                .iter()
+                .all(|link| link.to_replica.is_empty() && link.to_host.is_empty())
+    }
+}
