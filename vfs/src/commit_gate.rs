@@ -1,0 +1,244 @@
+//! The commit gate: what happens between the completing write of a WAL transaction and its reaching
+//! the file, and the sending that both gates share. The order of its steps is the product's
+//! guarantee; `docs/architecture.md`, "Gate, in order", tells it.
+
+use crate::connection::{Connection, LogLevel};
+use crate::error::{Refusal, RefusalKind};
+use crate::file::BaseFile;
+use crate::mark::{InFlight, KnownTransaction, MarkState, WalPosition};
+use crate::survey::checksum_of_file;
+use crate::wal_tap::Completion;
+use bytes::Bytes;
+use durovfs_wire::client::CommitOutcome;
+use durovfs_wire::{CommitHeader, LogPosition, Origin, PageSize, Timestamp};
+use std::sync::Arc;
+
+impl Connection {
+    /// A WAL transaction begins: settles what is open, and checks that nobody wrote in between.
+    pub(crate) fn begin_wal_transaction(&mut self, start: WalPosition) -> Result<(), Refusal> {
+        let mut state = self.mark.read()?;
+        self.settle(&mut state)?;
+        if state.applying {
+            return Err(foreign("a roll forward of the local file was cut short"));
+        }
+        let Some(last) = state.last else {
+            return Err(foreign(
+                "the WAL is written before the database has a first transaction",
+            ));
+        };
+        let continues = state.wal.is_some_and(|wal| {
+            (wal.salts, wal.frame, wal.checksum) == (start.salts, start.frame, start.checksum)
+        });
+        if !continues {
+            if start.frame != 0 {
+                return Err(foreign(&format!(
+                    "the WAL ends at frame {} of salts {:08x} {:08x}, the mark says {}",
+                    start.frame,
+                    start.salts.0,
+                    start.salts.1,
+                    state
+                        .wal
+                        .map_or_else(|| "none".to_owned(), |wal| describe(&wal)),
+                )));
+            }
+            // A WAL that starts afresh has all before it in the database file.
+            self.check_database_file(&last)?;
+        }
+        self.base = Some(state);
+        Ok(())
+    }
+
+    /// Makes sure that the database file holds what the mark says; scans it only when it does not
+    /// look as we left it.
+    pub(crate) fn check_database_file(&mut self, last: &KnownTransaction) -> Result<(), Refusal> {
+        if self.mark.stamp_matches()? {
+            return Ok(());
+        }
+        let line = format!("{}: scan, its stamp does not match", self.path.display());
+        (self.surroundings.log)(LogLevel::Info, &line);
+        let found = checksum_of_file(self.database.as_ref(), last, &self.table)?;
+        if found != last.checksum {
+            return Err(foreign(&format!(
+                "checksum of the file is {found}, at {} it was {}",
+                last.position, last.checksum
+            )));
+        }
+        self.mark.stamp()
+    }
+
+    /// Streams slots of the open transaction.
+    pub(crate) fn stream(&mut self, payload: Bytes) -> Result<(), Refusal> {
+        let page_size = self.tap.page_size();
+        let (Some(page_size), Some(base)) = (page_size, self.base) else {
+            return Err(crate::mark::misuse("pages outside a transaction"));
+        };
+        self.stream_pages(&base, page_size, payload)
+    }
+
+    pub(crate) fn stream_pages(
+        &mut self,
+        base: &MarkState,
+        page_size: PageSize,
+        payload: Bytes,
+    ) -> Result<(), Refusal> {
+        let sink = Arc::clone(&self.surroundings.sink);
+        let origin = self.take_origin();
+        self.origin = Some(origin);
+        sink.send_pages(base.database, origin, page_size, payload)
+            .map_err(|error| Refusal::not_committed(error.message))
+    }
+
+    fn take_origin(&mut self) -> Origin {
+        let sink = &self.surroundings.sink;
+        self.origin.take().unwrap_or_else(|| sink.next_origin())
+    }
+
+    /// Tells the sink that what was streamed will not be committed.
+    pub(crate) fn abort_origin(&mut self) {
+        if let Some(origin) = self.origin.take()
+            && let Ok(state) = self.mark.read()
+        {
+            self.surroundings.sink.abort(state.database, origin);
+        }
+    }
+
+    /// Commits the transaction whose completing write is held, and writes that.
+    pub(crate) fn commit_wal_transaction(&mut self, wal: &dyn BaseFile) -> Result<(), Refusal> {
+        let (Some(completion), Some(base)) = (self.tap.take_completion(), self.base) else {
+            return Err(crate::mark::misuse("commit outside a transaction"));
+        };
+        let Completion {
+            page_size,
+            page_count,
+            ref changes,
+            ..
+        } = completion;
+        if base.last.is_some_and(|last| last.page_size != page_size) {
+            return Err(foreign("the page size of the WAL is not the database's"));
+        }
+        let old_count = base.page_count();
+        let checksum =
+            self.table
+                .checksum_after(base.checksum(), old_count, page_count, changes)?;
+        let origin = self.take_origin();
+        let commit = CommitHeader {
+            origin,
+            time: Timestamp::default(),
+            base_lsn: Self::base_lsn(&base),
+            page_size,
+            page_count,
+            slot_count: completion.slot_count,
+            checksum,
+            whole_image: false,
+        };
+        let position = self.submit(&base, commit, completion.payload.clone())?;
+        let state = MarkState {
+            last: Some(KnownTransaction {
+                position,
+                checksum,
+                page_size,
+                page_count,
+            }),
+            wal: Some(completion.end),
+            in_flight: None,
+            ..base
+        };
+        self.take_over(wal, old_count, &completion, &state)
+            .map_err(|refusal| {
+                // The quorum has the transaction and this file does not: never behind its back again.
+                let message =
+                    format!("{position} is committed, the local file could not take it: {refusal}");
+                self.poison(&message);
+                Refusal::new(RefusalKind::Unknown, message)
+            })
+    }
+
+    fn take_over(
+        &mut self,
+        wal: &dyn BaseFile,
+        old_count: u32,
+        completion: &Completion,
+        state: &MarkState,
+    ) -> Result<(), Refusal> {
+        if let Some((offset, bytes)) = self.tap.held() {
+            wal.write_at(bytes, offset)?;
+        }
+        self.tap.acknowledge();
+        self.base = None;
+        self.skips_wal_sync = true;
+        // From here on SQLite must hear success: it recovers this commit from the WAL in any case.
+        let noted = self
+            .table
+            .apply(old_count, completion.page_count, &completion.changes)
+            .and_then(|()| self.mark.write(state));
+        if let Err(refusal) = noted {
+            self.poison(&refusal.message);
+            self.noted(refusal);
+        }
+        Ok(())
+    }
+
+    /// Sends a commit and waits for what becomes of it. On success it is still in flight in the
+    /// mark, so that a crash before the local file has it is found.
+    pub(crate) fn submit(
+        &mut self,
+        base: &MarkState,
+        commit: CommitHeader,
+        payload: Bytes,
+    ) -> Result<LogPosition, Refusal> {
+        let CommitHeader {
+            origin,
+            base_lsn,
+            checksum,
+            ..
+        } = commit;
+        let in_flight = Some(InFlight {
+            origin,
+            base_lsn,
+            checksum,
+        });
+        // Before it is sent: whoever comes after a crash must know that there is one to ask for.
+        self.mark.write(&MarkState { in_flight, ..*base })?;
+        let sink = Arc::clone(&self.surroundings.sink);
+        let outcome = sink.commit(base.database, commit, payload, self.timeout());
+        let refusal = match outcome {
+            CommitOutcome::Committed { position } => {
+                self.epoch = position.epoch;
+                return Ok(position);
+            }
+            CommitOutcome::Unknown { reason } => {
+                return Err(Refusal::new(RefusalKind::Unknown, reason));
+            }
+            CommitOutcome::NotCommitted { reason } => Refusal::not_committed(reason),
+            CommitOutcome::NotPrimary { reason } => Refusal::new(RefusalKind::NotPrimary, reason),
+            CommitOutcome::Behind { last_transaction } => {
+                self.must_roll_forward = true;
+                let position = last_transaction.position;
+                let lsn = base.last_lsn();
+                let message =
+                    format!("local file is at lsn {lsn}, the log at {position}: try again");
+                Refusal::not_committed(message)
+            }
+        };
+        self.mark.write(&MarkState {
+            in_flight: None,
+            ..*base
+        })?;
+        Err(refusal)
+    }
+}
+
+fn describe(wal: &WalPosition) -> String {
+    format!(
+        "frame {} of salts {:08x} {:08x}",
+        wal.frame, wal.salts.0, wal.salts.1
+    )
+}
+
+/// Somebody wrote to the files without durovfs.
+pub(crate) fn foreign(what: &str) -> Refusal {
+    Refusal::not_committed(format!(
+        "the local file was changed without durovfs ({what}); nothing was sent or overwritten; \
+         close it and use `durovfs resolve --keep local|log`"
+    ))
+}

@@ -1,0 +1,105 @@
+//! The files below the shim, as the safe modules see them.
+//!
+//! Implemented by the host's own file objects (`shim.rs`) and by plain files. The database file and
+//! `-shm` are reached only through the host's objects: closing any other descriptor of them would
+//! drop the process's POSIX locks.
+
+use crate::error::{Refusal, RefusalKind};
+use libsqlite3_sys as sqlite;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+/// Bytes at offsets.
+pub trait BaseFile {
+    /// Fills `buffer` from `offset`; what lies behind the end reads as zeros. Returns the bytes
+    /// that were there.
+    ///
+    /// # Errors
+    /// The file's own result code.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<usize, Refusal>;
+
+    /// Writes all of `bytes` at `offset`.
+    ///
+    /// # Errors
+    /// The file's own result code.
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), Refusal>;
+
+    /// Sets the size.
+    ///
+    /// # Errors
+    /// The file's own result code.
+    fn truncate(&self, size: u64) -> Result<(), Refusal>;
+
+    /// Makes all that was written durable.
+    ///
+    /// # Errors
+    /// The file's own result code.
+    fn sync(&self) -> Result<(), Refusal>;
+
+    /// Bytes of the file.
+    ///
+    /// # Errors
+    /// The file's own result code.
+    fn size(&self) -> Result<u64, Refusal>;
+}
+
+/// A database file of the host.
+pub trait DatabaseFile: BaseFile {
+    /// Takes the exclusive lock of SQLite's own protocol; false when somebody holds a lock.
+    ///
+    /// # Errors
+    /// The file's own result code.
+    fn try_lock_exclusive(&self) -> Result<bool, Refusal>;
+
+    /// Gives every lock back.
+    fn unlock_all(&self);
+
+    /// Has SQLite play back the journal of a transaction that a crash cut short. No lock is held.
+    ///
+    /// # Errors
+    /// When the host's SQLite cannot.
+    fn recover_journal(&self) -> Result<(), Refusal>;
+}
+
+fn system(action: &str, error: &std::io::Error, code: i32) -> Refusal {
+    Refusal::new(RefusalKind::File(code), format!("{action}: {error}"))
+}
+
+impl BaseFile for File {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<usize, Refusal> {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            let at = offset + filled as u64;
+            match FileExt::read_at(self, &mut buffer[filled..], at) {
+                Ok(0) => break,
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(system("read", &error, sqlite::SQLITE_IOERR_READ)),
+            }
+        }
+        buffer[filled..].fill(0);
+        Ok(filled)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), Refusal> {
+        self.write_all_at(bytes, offset)
+            .map_err(|error| system("write", &error, sqlite::SQLITE_IOERR_WRITE))
+    }
+
+    fn truncate(&self, size: u64) -> Result<(), Refusal> {
+        self.set_len(size)
+            .map_err(|error| system("truncate", &error, sqlite::SQLITE_IOERR_TRUNCATE))
+    }
+
+    fn sync(&self) -> Result<(), Refusal> {
+        self.sync_data()
+            .map_err(|error| system("sync", &error, sqlite::SQLITE_IOERR_FSYNC))
+    }
+
+    fn size(&self) -> Result<u64, Refusal> {
+        let metadata = self.metadata();
+        metadata
+            .map(|m| m.len())
+            .map_err(|e| system("stat", &e, sqlite::SQLITE_IOERR_FSTAT))
+    }
+}

@@ -1,0 +1,587 @@
+//! Opening a protected database: finds out what the local file holds, compares it with the log, and
+//! makes them equal or refuses. The table is DESIGN §4's:
+//!
+//! | local file | log | |
+//! |---|---|---|
+//! | none | none | create: a mark, and the first transaction makes the rest |
+//! | content, no mark | none | adopt: the whole image is the first transaction |
+//! | none | exists | hydrate: write the file from the log |
+//! | equal | exists | open |
+//! | behind | exists | roll forward |
+//! | ahead or different | exists | refuse |
+//!
+//! The first opener does this under SQLite's exclusive lock; who finds the database in use joins.
+
+use crate::connection::{Connection, LogLevel, Surroundings};
+use crate::error::Refusal;
+use crate::file::{BaseFile, DatabaseFile};
+use crate::mark::{
+    InFlight, KnownTransaction, Mark, MarkState, WalPosition, mark_path, note_wal_ended,
+    with_suffix,
+};
+use crate::page_table::PageChanges;
+use crate::roll_forward::{Applier, read_transactions};
+use crate::sink::{OpenedLog, SinkErrorKind};
+use crate::survey::{Content, WalSurvey};
+use bytes::Bytes;
+use durovfs_wire::client::{CommitOutcome, FailureKind};
+use durovfs_wire::entry::PayloadBuilder;
+use durovfs_wire::{CommitHeader, DatabaseChecksum, Lsn, Timestamp};
+use std::fs::{File, OpenOptions};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Pause between two looks at a database that another opener is busy with.
+const BUSY_PAUSE: Duration = Duration::from_millis(10);
+
+/// Opens the database `name`, whose file at `path` the host has opened as `file`.
+///
+/// # Errors
+/// A refusal of the kind `CannotOpen`, with the line that explains it.
+pub fn open<F>(
+    surroundings: Surroundings,
+    path: &Path,
+    name: &str,
+    file: F,
+) -> Result<Connection, Refusal>
+where
+    F: DatabaseFile + Send + 'static,
+{
+    let deadline = Instant::now() + surroundings.open_timeout;
+    loop {
+        let existing = Mark::open(path)?;
+        let known = existing.as_ref().map(|(_, state)| state.database);
+        let log = open_log(&surroundings, name, known, deadline)?;
+        if file.try_lock_exclusive()? {
+            let opener = Opener {
+                surroundings: &surroundings,
+                path,
+                name,
+                file: &file,
+                log,
+            };
+            // Nobody else is in here now; what was read before the lock may be old.
+            let result = opener.run();
+            file.unlock_all();
+            match result? {
+                Next::Ready(mark, epoch) => {
+                    return Ok(Connection::new(
+                        surroundings,
+                        path.to_owned(),
+                        mark,
+                        Box::new(file),
+                        epoch,
+                    ));
+                }
+                Next::RecoverJournal => file.recover_journal()?,
+                Next::Again => {}
+            }
+        } else if let Some((mark, state)) = existing
+            && state.database == log.database
+            && !state.applying
+        {
+            let path = path.to_owned();
+            return Ok(Connection::new(
+                surroundings,
+                path,
+                mark,
+                Box::new(file),
+                log.epoch,
+            ));
+        } else {
+            std::thread::sleep(BUSY_PAUSE);
+        }
+        if Instant::now() > deadline {
+            return Err(Refusal::cannot_open(format!(
+                "{}: in use by a process without durovfs, or by one that is still opening it",
+                path.display()
+            )));
+        }
+    }
+}
+
+fn open_log(
+    surroundings: &Surroundings,
+    name: &str,
+    known: Option<durovfs_wire::DatabaseId>,
+    deadline: Instant,
+) -> Result<OpenedLog, Refusal> {
+    let left = deadline
+        .saturating_duration_since(Instant::now())
+        .max(Duration::from_millis(1));
+    let log = surroundings
+        .sink
+        .open(name, known, Some(left))
+        .map_err(|error| {
+            let hint = match error.kind {
+                SinkErrorKind::Refused(FailureKind::UnknownDatabase) => {
+                    "; the local file belongs to another log: `durovfs resolve` decides"
+                }
+                _ => "",
+            };
+            Refusal::cannot_open(format!("open {name}: {error}{hint}"))
+        })?;
+    match known {
+        Some(known) if known != log.database => Err(Refusal::cannot_open(format!(
+            "open {name}: the local file belongs to log {known}, the cluster has log {} under this \
+             name; `durovfs resolve` decides",
+            log.database
+        ))),
+        _ => Ok(log),
+    }
+}
+
+enum Next {
+    Ready(Mark, durovfs_wire::Epoch),
+    RecoverJournal,
+    Again,
+}
+
+struct Opener<'a> {
+    surroundings: &'a Surroundings,
+    path: &'a Path,
+    name: &'a str,
+    file: &'a dyn DatabaseFile,
+    log: OpenedLog,
+}
+
+impl Opener<'_> {
+    fn run(&self) -> Result<Next, Refusal> {
+        if self.has_hot_journal()? {
+            return Ok(Next::RecoverJournal);
+        }
+        let mut existing = Mark::open(self.path)?;
+        if let Some((mark, state)) = &mut existing
+            && let Some(in_flight) = state.in_flight
+            && self.settle(mark, state, in_flight)?
+        {
+            return Ok(Next::Again);
+        }
+        let wal_file = self.open_wal()?;
+        let survey = match &wal_file {
+            Some(wal) => WalSurvey::read(wal)?,
+            None => None,
+        };
+        let wal = wal_file
+            .as_ref()
+            .map(|wal| wal as &dyn BaseFile)
+            .zip(survey.as_ref());
+        let marked = existing.as_ref().map(|(_, state)| *state);
+        if let Some(state) = marked
+            && state.applying
+        {
+            return self.bring_level(existing, state, wal);
+        }
+        let content = Content::new(self.file, wal)?;
+        match (content, existing, self.log.last_transaction) {
+            (None, None, None) => self.create(),
+            (None, Some((mark, state)), None) if state.last.is_none() => self.ready(mark),
+            (None, existing, Some(_)) => self.hydrate(existing, wal),
+            (Some(content), None, None) => self.adopt(&content, wal, None),
+            (Some(content), Some((mark, state)), None) if state.last.is_none() => {
+                self.adopt(&content, wal, Some((mark, state)))
+            }
+            (_, Some((_, state)), None) => Err(self.refuse(&format!(
+                "the local file is at lsn {}, the log has no transaction",
+                state.last_lsn()
+            ))),
+            (Some(content), existing, Some(_)) => self.compare(&content, existing, wal),
+        }
+    }
+
+    /// True when the log must be asked again where it ends.
+    fn settle(
+        &self,
+        mark: &mut Mark,
+        state: &mut MarkState,
+        in_flight: InFlight,
+    ) -> Result<bool, Refusal> {
+        let InFlight {
+            origin, base_lsn, ..
+        } = in_flight;
+        let sink = &self.surroundings.sink;
+        let timeout = Some(self.surroundings.open_timeout);
+        match sink.resolve(state.database, origin, base_lsn, timeout) {
+            CommitOutcome::Committed { position } => {
+                // Whether the local file has it shows when it is compared with the log.
+                let covered = self.log.last_transaction.map(|last| last.position.lsn);
+                Ok(covered < Some(position.lsn))
+            }
+            CommitOutcome::NotCommitted { .. } | CommitOutcome::Behind { .. } => {
+                state.in_flight = None;
+                mark.write(state)?;
+                Ok(false)
+            }
+            // The local file does not have it, and the gate asks again before the next write.
+            CommitOutcome::Unknown { reason } | CommitOutcome::NotPrimary { reason } => {
+                let line = format!("{}: a commit is still open: {reason}", self.path.display());
+                (self.surroundings.log)(LogLevel::Error, &line);
+                Ok(false)
+            }
+        }
+    }
+
+    fn has_hot_journal(&self) -> Result<bool, Refusal> {
+        let path = with_suffix(self.path, "-journal");
+        let mut first = [0u8; 1];
+        match File::open(&path) {
+            Ok(journal) => Ok(BaseFile::read_at(&journal, &mut first, 0)? == 1 && first[0] != 0),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(Refusal::io("open journal", &path, &error)),
+        }
+    }
+
+    fn open_wal(&self) -> Result<Option<File>, Refusal> {
+        let path = with_suffix(self.path, "-wal");
+        match OpenOptions::new().read(true).write(true).open(&path) {
+            Ok(file) => Ok(Some(file)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Refusal::io("open WAL", &path, &error)),
+        }
+    }
+
+    fn ready(&self, mark: Mark) -> Result<Next, Refusal> {
+        Ok(Next::Ready(mark, self.log.epoch))
+    }
+
+    fn create(&self) -> Result<Next, Refusal> {
+        let state = MarkState::new(self.log.database);
+        self.ready(Mark::create(self.path, self.name, &state)?)
+    }
+
+    /// The file is gone and the log has it. A mark that is left from before does not count.
+    fn hydrate(
+        &self,
+        existing: Option<(Mark, MarkState)>,
+        wal: Option<(&dyn BaseFile, &WalSurvey)>,
+    ) -> Result<Next, Refusal> {
+        drop(existing);
+        let state = MarkState {
+            applying: true,
+            ..MarkState::new(self.log.database)
+        };
+        let mark = Mark::create(self.path, self.name, &state)?;
+        let line = format!("{}: hydrate from the log", self.path.display());
+        (self.surroundings.log)(LogLevel::Info, &line);
+        let result = self.bring_level(Some((mark, state)), state, wal);
+        if result.is_err() && DatabaseIsEmpty::check(self.file) {
+            // Nothing was written: the next open begins where this one did.
+            let path = mark_path(self.path);
+            std::fs::remove_file(&path).map_err(|e| Refusal::io("remove mark", &path, &e))?;
+        }
+        result
+    }
+
+    /// Applies the log's entries after the state's last one.
+    fn bring_level(
+        &self,
+        existing: Option<(Mark, MarkState)>,
+        state: MarkState,
+        wal: Option<(&dyn BaseFile, &WalSurvey)>,
+    ) -> Result<Next, Refusal> {
+        let Some((mut mark, _)) = existing else {
+            return Err(crate::mark::misuse("roll forward without a mark"));
+        };
+        // Frames are appended to a WAL that has commits; one that has none counts no more.
+        let wal = wal.filter(|(_, survey)| survey.page_count.is_some() || state.applying);
+        let mut applier = Applier {
+            database: self.file,
+            wal: wal
+                .map(|(file, survey)| (file, survey.header))
+                .filter(|_| !state.applying),
+            table: mark.page_table(),
+            mark: &mut mark,
+            state,
+        };
+        if let (true, Some((file, _))) = (state.applying, wal) {
+            file.truncate(0)?;
+        }
+        let first_lsn = state.last_lsn().next();
+        let sink = self.surroundings.sink.as_ref();
+        read_transactions(sink, &state, first_lsn, self.path, &mut |tx| {
+            applier.apply(tx)
+        })?;
+        let reached = applier.state.last_lsn();
+        let wanted = self
+            .log
+            .last_transaction
+            .map_or(Lsn::ZERO, |last| last.position.lsn);
+        if reached < wanted {
+            return Err(Refusal::cannot_open(format!(
+                "the log could be read to lsn {reached} only, it ends at {wanted}"
+            )));
+        }
+        applier.finish()?;
+        let line = format!("{}: rolled forward to lsn {reached}", self.path.display());
+        (self.surroundings.log)(LogLevel::Info, &line);
+        self.ready(mark)
+    }
+
+    /// Both have content: equal, behind, or neither.
+    fn compare(
+        &self,
+        content: &Content<'_>,
+        existing: Option<(Mark, MarkState)>,
+        wal: Option<(&dyn BaseFile, &WalSurvey)>,
+    ) -> Result<Next, Refusal> {
+        let position = committed_end(wal);
+        if let Some((mark, state)) = &existing
+            && let Some(last) = state.last
+            && self.looks_as_marked(mark, state, &last, position)?
+        {
+            return self.level_or_forward(existing, wal);
+        }
+        let line = format!("{}: scan the whole file", self.path.display());
+        (self.surroundings.log)(LogLevel::Info, &line);
+        let table = existing
+            .as_ref()
+            .map(|(mark, state)| (mark.page_table(), state.page_count()));
+        let table = table.as_ref().map(|(table, count)| (table, *count));
+        let (checksum, pages) = content.checksums(table)?;
+        let found = self.find_in_log(content, checksum, existing.as_ref())?;
+        let Some(last) = found else {
+            let mark = existing.and_then(|(_, state)| state.last);
+            let marked = mark.map_or_else(
+                || "has no mark".to_owned(),
+                |last| {
+                    format!(
+                        "was last at {} with checksum {}",
+                        last.position, last.checksum
+                    )
+                },
+            );
+            return Err(self.refuse(&format!(
+                "the local file (checksum {checksum}, {} pages) {marked}, and is like no \
+                 transaction of the log, which ends at {}",
+                content.header.page_count, self.log.end
+            )));
+        };
+        let state = MarkState {
+            last: Some(last),
+            wal: position,
+            ..existing
+                .as_ref()
+                .map_or(MarkState::new(self.log.database), |(_, state)| *state)
+        };
+        let mark = self.rewrite_mark(existing, &state, &pages)?;
+        self.level_or_forward(Some((mark, state)), wal)
+    }
+
+    fn rewrite_mark(
+        &self,
+        existing: Option<(Mark, MarkState)>,
+        state: &MarkState,
+        pages: &PageChanges,
+    ) -> Result<Mark, Refusal> {
+        let mut mark = match existing {
+            Some((mark, _)) => mark,
+            None => Mark::create(self.path, self.name, &MarkState::new(self.log.database))?,
+        };
+        let table = mark.page_table();
+        table.clear()?;
+        table.apply(0, state.page_count(), pages)?;
+        mark.write(state)?;
+        mark.stamp()?;
+        Ok(mark)
+    }
+
+    fn looks_as_marked(
+        &self,
+        mark: &Mark,
+        state: &MarkState,
+        last: &KnownTransaction,
+        position: Option<WalPosition>,
+    ) -> Result<bool, Refusal> {
+        let same_place = match (state.wal, position) {
+            (Some(marked), Some(found)) => {
+                (marked.salts, marked.frame) == (found.salts, found.frame)
+                    && marked.checksum == found.checksum
+            }
+            (None, None) => true,
+            _ => false,
+        };
+        Ok(same_place
+            && mark.stamp_matches()?
+            && mark.page_table().sum(1, last.page_count)? == last.checksum)
+    }
+
+    /// The transaction after which the database had this checksum.
+    fn find_in_log(
+        &self,
+        content: &Content<'_>,
+        checksum: DatabaseChecksum,
+        existing: Option<&(Mark, MarkState)>,
+    ) -> Result<Option<KnownTransaction>, Refusal> {
+        let header = content.header;
+        let fits = |known: &KnownTransaction| {
+            (known.checksum, known.page_size, known.page_count)
+                == (checksum, header.page_size, header.page_count)
+        };
+        let of_log = self.log.last_transaction.map(|last| KnownTransaction {
+            position: last.position,
+            checksum: last.commit.checksum,
+            page_size: last.commit.page_size,
+            page_count: last.commit.page_count,
+        });
+        let marked = existing.and_then(|(_, state)| state.last);
+        if let Some(known) = [of_log, marked].into_iter().flatten().find(fits) {
+            return Ok(Some(known));
+        }
+        // A crash of the machine may have kept the file and lost the mark's last changes.
+        let state = existing.map_or(MarkState::new(self.log.database), |(_, state)| *state);
+        let mut found = None;
+        let sink = self.surroundings.sink.as_ref();
+        let first_lsn = state.last_lsn().next();
+        read_transactions(sink, &state, first_lsn, self.path, &mut |tx| {
+            let known = KnownTransaction {
+                position: tx.summary.position,
+                checksum: tx.summary.commit.checksum,
+                page_size: tx.summary.commit.page_size,
+                page_count: tx.summary.commit.page_count,
+            };
+            if fits(&known) {
+                found = Some(known);
+            }
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    fn level_or_forward(
+        &self,
+        existing: Option<(Mark, MarkState)>,
+        wal: Option<(&dyn BaseFile, &WalSurvey)>,
+    ) -> Result<Next, Refusal> {
+        let (Some((mut mark, mut state)), Some(end)) = (existing, self.log.last_transaction) else {
+            return Err(crate::mark::misuse("compare without a mark"));
+        };
+        let Some(last) = state.last else {
+            return Err(crate::mark::misuse("compare without content"));
+        };
+        let same = last.position == end.position && last.checksum == end.commit.checksum;
+        if same {
+            if state.in_flight.take().is_some() {
+                mark.write(&state)?;
+            }
+            if wal.is_none() && state.wal.is_some() {
+                note_wal_ended(self.path)?;
+            }
+            return self.ready(mark);
+        }
+        if last.position.lsn < end.position.lsn {
+            return self.bring_level(Some((mark, state)), state, wal);
+        }
+        Err(self.refuse(&format!(
+            "the local file is at {} with checksum {}, the log at {} with {}",
+            last.position, last.checksum, end.position, end.commit.checksum
+        )))
+    }
+
+    /// The whole image becomes the first transaction of the log.
+    fn adopt(
+        &self,
+        content: &Content<'_>,
+        wal: Option<(&dyn BaseFile, &WalSurvey)>,
+        existing: Option<(Mark, MarkState)>,
+    ) -> Result<Next, Refusal> {
+        let line = format!(
+            "{}: adopt, {} pages",
+            self.path.display(),
+            content.header.page_count
+        );
+        (self.surroundings.log)(LogLevel::Info, &line);
+        let state = MarkState::new(self.log.database);
+        let mut mark = match existing {
+            Some((_, state)) if state.in_flight.is_some() => {
+                return Err(self.refuse("an earlier adoption is not decided yet: try again"));
+            }
+            Some((mark, _)) => mark,
+            None => Mark::create(self.path, self.name, &state)?,
+        };
+        let sink = &self.surroundings.sink;
+        let origin = sink.next_origin();
+        let mut builder = PayloadBuilder::default();
+        let page_size = content.header.page_size;
+        let mut changes = PageChanges::new();
+        let mut checksum = DatabaseChecksum::EMPTY;
+        content.for_each_page(|page_no, image| {
+            if !builder.has_room(page_size) {
+                let payload: Bytes = builder.take();
+                sink.send_pages(state.database, origin, page_size, payload)
+                    .map_err(|error| self.refuse(&error.message))?;
+            }
+            builder.push(changes.len() as u32, page_no, image);
+            let page = durovfs_wire::PageChecksum::of(page_no, image);
+            checksum.toggle(page);
+            changes.insert(page_no, page);
+            Ok(())
+        })?;
+        let commit = CommitHeader {
+            origin,
+            time: Timestamp::default(),
+            base_lsn: Lsn::ZERO,
+            page_size,
+            page_count: content.header.page_count,
+            slot_count: changes.len() as u32,
+            checksum,
+            whole_image: true,
+        };
+        let in_flight = Some(InFlight {
+            origin,
+            base_lsn: Lsn::ZERO,
+            checksum,
+        });
+        mark.write(&MarkState { in_flight, ..state })?;
+        // The image may take longer than a commit does; the sidecar's answer ends it.
+        let position = match sink.commit(state.database, commit, builder.take(), None) {
+            CommitOutcome::Committed { position } => position,
+            CommitOutcome::NotCommitted { reason } | CommitOutcome::NotPrimary { reason } => {
+                mark.write(&state)?;
+                return Err(self.refuse(&reason));
+            }
+            CommitOutcome::Behind { .. } => {
+                mark.write(&state)?;
+                return Ok(Next::Again);
+            }
+            CommitOutcome::Unknown { reason } => return Err(self.refuse(&reason)),
+        };
+        let page_count = content.header.page_count;
+        let last = Some(KnownTransaction {
+            position,
+            checksum,
+            page_size,
+            page_count,
+        });
+        let state = MarkState {
+            last,
+            wal: committed_end(wal),
+            ..state
+        };
+        self.ready(self.rewrite_mark(Some((mark, state)), &state, &changes)?)
+    }
+
+    fn refuse(&self, what: &str) -> Refusal {
+        Refusal::cannot_open(format!(
+            "open {} ({}): {what}; nothing was overwritten; `durovfs resolve {} --keep local|log` \
+             or `durovfs restore` decides",
+            self.path.display(),
+            self.log.database,
+            self.name
+        ))
+    }
+}
+
+/// Where the committed part of the WAL ends; none when nothing in it is committed.
+fn committed_end(wal: Option<(&dyn BaseFile, &WalSurvey)>) -> Option<WalPosition> {
+    wal.filter(|(_, survey)| survey.page_count.is_some())
+        .map(|(_, survey)| survey.end)
+}
+
+/// Whether a file has no content.
+struct DatabaseIsEmpty;
+
+impl DatabaseIsEmpty {
+    fn check(file: &dyn DatabaseFile) -> bool {
+        file.size().is_ok_and(|size| size == 0)
+    }
+}

@@ -1,0 +1,240 @@
+//! The gate of rollback-journal mode, and of the first transaction of every new database, which
+//! SQLite makes in that mode before a WAL exists.
+//!
+//! Page writes to the database file outside a checkpoint are noted by number. SQLite sends
+//! `SQLITE_FCNTL_SYNC` when all pages of a commit are written and before the journal ends; then the
+//! pages are read back and committed. SQLite sends it as well after it played a journal back:
+//! then no page differs from the page table, and there is nothing to commit.
+
+use crate::commit_gate::foreign;
+use crate::connection::{Acknowledged, Connection};
+use crate::error::Refusal;
+use crate::mark::{KnownTransaction, MarkState};
+use crate::page_table::PageChanges;
+use crate::survey::{DatabaseHeader, is_lock_page};
+use durovfs_wire::entry::PayloadBuilder;
+use durovfs_wire::{CommitHeader, DatabaseChecksum, PageChecksum, PageNo, Timestamp};
+
+impl Connection {
+    /// A write transaction in rollback mode may begin (the reserved lock was taken).
+    pub fn reserved(&mut self) {
+        if !self.dirty.is_empty() {
+            return;
+        }
+        self.rollback_refusal = self.check_rollback_base().err();
+    }
+
+    fn check_rollback_base(&mut self) -> Result<(), Refusal> {
+        self.check_not_poisoned()?;
+        let mut state = self.mark.read()?;
+        self.settle(&mut state)
+            .inspect_err(|_| self.must_roll_forward = false)?;
+        match state.last {
+            Some(last) if state.wal.is_none() => self.check_database_file(&last),
+            _ => Ok(()),
+        }
+    }
+
+    /// A write to the database file.
+    ///
+    /// # Errors
+    /// A refusal found when the transaction began.
+    pub fn write_database(&mut self, offset: u64, data: &[u8]) -> Result<(), Refusal> {
+        if !self.in_checkpoint {
+            if let Some(refusal) = self.rollback_refusal.clone() {
+                return Err(self.noted(refusal));
+            }
+            let length = self.dirty.entry(offset).or_default();
+            *length = (*length).max(data.len() as u64);
+        }
+        self.database_touched = true;
+        self.database.write_at(data, offset)
+    }
+
+    /// All pages of a rollback-mode transaction are in the file: commits them.
+    ///
+    /// # Errors
+    /// A refusal; SQLite then plays its journal back.
+    pub fn commit_database(&mut self) -> Result<(), Refusal> {
+        if self.dirty.is_empty() || self.in_checkpoint {
+            return Ok(());
+        }
+        let result = self.try_commit_database();
+        if result.is_err() {
+            self.abort_origin();
+        }
+        result.map_err(|refusal| self.noted(refusal))
+    }
+
+    fn try_commit_database(&mut self) -> Result<(), Refusal> {
+        let mut base = self.mark.read()?;
+        self.settle(&mut base)
+            .inspect_err(|_| self.must_roll_forward = false)?;
+        let Some(header) = DatabaseHeader::read(self.database.as_ref())? else {
+            return match base.page_count() {
+                0 => Ok(()),
+                _ => Err(foreign("it is empty now")),
+            };
+        };
+        let whole_image = base
+            .last
+            .is_none_or(|last| last.page_size != header.page_size);
+        let mut changes = PageChanges::new();
+        let mut builder = PayloadBuilder::default();
+        let mut image = vec![0u8; header.page_size.get()];
+        let pages: Box<dyn Iterator<Item = u32>> = if whole_image {
+            Box::new(1..=header.page_count)
+        } else {
+            Box::new(self.dirty_pages(header.page_size.get() as u64).into_iter())
+        };
+        for number in pages.filter(|n| *n <= header.page_count) {
+            let Some(page_no) = PageNo::new(number) else {
+                continue;
+            };
+            if is_lock_page(page_no, header.page_size) {
+                continue;
+            }
+            self.database
+                .read_at(&mut image, page_no.file_offset(header.page_size))?;
+            let checksum = PageChecksum::of(page_no, &image);
+            if !whole_image && number <= base.page_count() && self.table.read(page_no)? == checksum
+            {
+                continue;
+            }
+            if !builder.has_room(header.page_size) {
+                self.check_not_poisoned()?;
+                self.stream_pages(&base, header.page_size, builder.take())?;
+            }
+            builder.push(changes.len() as u32, page_no, &image);
+            changes.insert(page_no, checksum);
+        }
+        if changes.is_empty() && header.page_count == base.page_count() {
+            return Ok(());
+        }
+        self.check_not_poisoned()?;
+        self.submit_pages(&base, &header, whole_image, changes, &mut builder)
+    }
+
+    fn submit_pages(
+        &mut self,
+        base: &MarkState,
+        header: &DatabaseHeader,
+        whole_image: bool,
+        changes: PageChanges,
+        builder: &mut PayloadBuilder,
+    ) -> Result<(), Refusal> {
+        let DatabaseHeader {
+            page_size,
+            page_count,
+        } = *header;
+        let old_count = if whole_image { 0 } else { base.page_count() };
+        let before = if whole_image {
+            DatabaseChecksum::EMPTY
+        } else {
+            base.checksum()
+        };
+        let checksum = self
+            .table
+            .checksum_after(before, old_count, page_count, &changes)?;
+        let sink = &self.surroundings.sink;
+        let origin = self.origin.take().unwrap_or_else(|| sink.next_origin());
+        let commit = CommitHeader {
+            origin,
+            time: Timestamp::default(),
+            base_lsn: Self::base_lsn(base),
+            page_size,
+            page_count,
+            slot_count: changes.len() as u32,
+            checksum,
+            whole_image,
+        };
+        let position = self.submit(base, commit, builder.take())?;
+        let last = Some(KnownTransaction {
+            position,
+            checksum,
+            page_size,
+            page_count,
+        });
+        let state = MarkState {
+            last,
+            wal: None,
+            in_flight: None,
+            ..*base
+        };
+        let old_count = base.page_count();
+        self.acknowledged = Some(Acknowledged {
+            state,
+            old_count,
+            changes,
+            whole_image,
+        });
+        Ok(())
+    }
+
+    fn dirty_pages(&self, page_bytes: u64) -> std::collections::BTreeSet<u32> {
+        let page = |offset: u64| u32::try_from(offset / page_bytes + 1).unwrap_or(u32::MAX);
+        let pages = |(start, length): (&u64, &u64)| page(*start)..=page(start + length.max(&1) - 1);
+        self.dirty.iter().flat_map(pages).collect()
+    }
+
+    /// Whether a sync of the database file may fail without SQLite hearing it: three disks have
+    /// the commit.
+    pub fn may_swallow_database_sync(&self) -> bool {
+        self.acknowledged.is_some()
+    }
+
+    /// SQLite ended its journal: the local file has the acknowledged commit.
+    pub(crate) fn finish_rollback_commit(&mut self) -> Result<(), Refusal> {
+        self.dirty.clear();
+        let Some(done) = self.acknowledged.take() else {
+            return Ok(());
+        };
+        if done.whole_image {
+            self.table.clear()?;
+        }
+        self.table
+            .apply(done.old_count, done.state.page_count(), &done.changes)?;
+        self.mark.write(&done.state)?;
+        self.mark.stamp()
+    }
+
+    /// The database lock drops below RESERVED, or goes.
+    pub fn before_unlock(&mut self) {
+        self.dirty.clear();
+        self.rollback_refusal = None;
+        if self.acknowledged.take().is_some() {
+            let message = "a commit is acknowledged, and SQLite rolled it back here";
+            self.poison(message);
+            self.noted(Refusal::not_committed(message));
+        }
+        self.stamp_if_touched();
+    }
+
+    /// Stamps the file when it was written since.
+    pub fn stamp_if_touched(&mut self) {
+        if !std::mem::take(&mut self.database_touched) {
+            return;
+        }
+        if let Err(refusal) = self.mark.stamp() {
+            // A stamp that is missing costs a scan at the next open, nothing else.
+            self.noted(refusal);
+        }
+    }
+
+    /// A checkpoint begins or ends.
+    pub fn checkpoint(&mut self, running: bool) {
+        self.in_checkpoint = running;
+        if !running {
+            self.stamp_if_touched();
+        }
+    }
+
+    /// The database file was truncated.
+    pub fn database_truncated(&mut self) {
+        // After a checkpoint no unlock of the database may follow: stamp at once.
+        self.database_touched = true;
+        if self.dirty.is_empty() {
+            self.stamp_if_touched();
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! What a local file holds, found out by reading it: the database header, the WAL's valid chain,
+//! and the checksum of both laid over each other.
+
+use crate::error::Refusal;
+use crate::file::BaseFile;
+use crate::mark::{KnownTransaction, WalPosition};
+use crate::page_table::{PageChanges, PageTable};
+use durovfs_wire::wal::{FRAME_HEADER_BYTES, FrameHeader, WAL_HEADER_BYTES, WalHeader};
+use durovfs_wire::{DatabaseChecksum, PageChecksum, PageNo, PageSize};
+use std::collections::BTreeMap;
+
+/// SQLite takes its locks on the byte at this offset, and never uses the page that holds it.
+const LOCK_BYTE: u64 = 0x4000_0000;
+
+/// Whether this is the page that SQLite never uses.
+pub fn is_lock_page(page_no: PageNo, page_size: PageSize) -> bool {
+    u64::from(page_no.get()) == LOCK_BYTE / page_size.get() as u64 + 1
+}
+
+/// What the first page says about a database file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DatabaseHeader {
+    /// Page size.
+    pub page_size: PageSize,
+    /// Pages, WAL left aside.
+    pub page_count: u32,
+}
+
+impl DatabaseHeader {
+    /// Reads it; none when the file is empty.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is no SQLite database.
+    pub fn read(file: &dyn BaseFile) -> Result<Option<Self>, Refusal> {
+        let size = file.size()?;
+        if size == 0 {
+            return Ok(None);
+        }
+        let mut bytes = [0u8; 100];
+        file.read_at(&mut bytes, 0)?;
+        Self::parse(&bytes, size).map(Some)
+    }
+
+    fn parse(bytes: &[u8; 100], size: u64) -> Result<Self, Refusal> {
+        let word = |at: usize| {
+            u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+        };
+        let page_size = PageSize::from_database_header(u16::from_be_bytes([bytes[16], bytes[17]]));
+        let Ok(page_size) = page_size else {
+            return Err(Refusal::cannot_open(
+                "the file is not a SQLite database (page size)",
+            ));
+        };
+        let in_file = u32::try_from(size / page_size.get() as u64).unwrap_or(u32::MAX);
+        // The header's own count is valid when the change counter says so (fileformat2, 1.3.8).
+        let counted = word(24) == word(92) && word(28) != 0;
+        let page_count = if counted { word(28) } else { in_file };
+        Ok(Self {
+            page_size,
+            page_count,
+        })
+    }
+}
+
+/// The committed part of a WAL.
+#[derive(Debug, Clone)]
+pub struct WalSurvey {
+    /// The header.
+    pub header: WalHeader,
+    /// Where the committed part ends.
+    pub end: WalPosition,
+    /// Database size in pages after it; none when nothing is committed.
+    pub page_count: Option<u32>,
+    /// Frame that holds the newest committed image of each page.
+    pub pages: BTreeMap<PageNo, u32>,
+}
+
+impl WalSurvey {
+    /// Reads a WAL as SQLite's own recovery does; none when it has no valid header.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn read(wal: &dyn BaseFile) -> Result<Option<Self>, Refusal> {
+        let mut head = [0u8; WAL_HEADER_BYTES];
+        if wal.read_at(&mut head, 0)? < WAL_HEADER_BYTES {
+            return Ok(None);
+        }
+        let Some(header) = WalHeader::parse(&head) else {
+            return Ok(None);
+        };
+        let mut end = WalPosition {
+            salts: header.salts,
+            checkpoint_sequence: header.checkpoint_sequence,
+            frame: 0,
+            checksum: header.checksum,
+        };
+        let (mut page_count, mut pages) = (None, BTreeMap::new());
+        let mut pending: Vec<(PageNo, u32)> = Vec::new();
+        let mut chain = header.checksum;
+        let mut bytes = vec![0u8; FRAME_HEADER_BYTES + header.page_size.get()];
+        for index in 1u32.. {
+            let offset = WalHeader::frame_offset(header.page_size, index);
+            if wal.read_at(&mut bytes, offset)? < bytes.len() {
+                break;
+            }
+            let (head, image) = bytes.split_at(FRAME_HEADER_BYTES);
+            let mut fixed = [0u8; FRAME_HEADER_BYTES];
+            fixed.copy_from_slice(head);
+            let frame = FrameHeader::parse(&fixed);
+            let Some(page_no) = PageNo::new(frame.page_no) else {
+                break;
+            };
+            chain = frame.chain(chain, header.big_endian_checksums, image);
+            if frame.salts != header.salts || frame.checksum != chain {
+                break;
+            }
+            pending.push((page_no, index));
+            if frame.commit_page_count != 0 {
+                pages.extend(pending.drain(..));
+                page_count = Some(frame.commit_page_count);
+                (end.frame, end.checksum) = (index, chain);
+            }
+        }
+        if let Some(count) = page_count {
+            pages.retain(|page_no, _| page_no.get() <= count);
+        }
+        Ok(Some(Self {
+            header,
+            end,
+            page_count,
+            pages,
+        }))
+    }
+}
+
+/// A database file with the committed part of its WAL laid over it.
+pub struct Content<'a> {
+    /// The database file.
+    pub database: &'a dyn BaseFile,
+    /// The WAL, if one has committed frames.
+    pub wal: Option<(&'a dyn BaseFile, &'a WalSurvey)>,
+    /// Page size and count.
+    pub header: DatabaseHeader,
+}
+
+impl<'a> Content<'a> {
+    /// Lays them over each other; none when there is no content at all.
+    ///
+    /// # Errors
+    /// When they cannot be read, or do not belong to each other.
+    pub fn new(
+        database: &'a dyn BaseFile,
+        wal: Option<(&'a dyn BaseFile, &'a WalSurvey)>,
+    ) -> Result<Option<Self>, Refusal> {
+        let Some(in_file) = DatabaseHeader::read(database)? else {
+            return Ok(None);
+        };
+        let wal = wal.filter(|(_, survey)| survey.page_count.is_some());
+        let header = match &wal {
+            None => in_file,
+            Some((_, survey)) => DatabaseHeader {
+                page_size: survey.header.page_size,
+                page_count: survey.page_count.unwrap_or(0),
+            },
+        };
+        if header.page_size != in_file.page_size {
+            return Err(Refusal::cannot_open(
+                "page sizes of the file and its WAL differ",
+            ));
+        }
+        Ok(Some(Self {
+            database,
+            wal,
+            header,
+        }))
+    }
+
+    /// Reads a page.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn read_page(&self, page_no: PageNo, image: &mut [u8]) -> Result<(), Refusal> {
+        if let Some((wal, survey)) = self.wal
+            && let Some(frame) = survey.pages.get(&page_no)
+        {
+            let offset = WalHeader::frame_offset(self.header.page_size, *frame);
+            return wal
+                .read_at(image, offset + FRAME_HEADER_BYTES as u64)
+                .map(drop);
+        }
+        self.database
+            .read_at(image, page_no.file_offset(self.header.page_size))
+            .map(drop)
+    }
+
+    /// Calls `visit` with every page that SQLite uses, in order.
+    ///
+    /// # Errors
+    /// When one cannot be read, or `visit` says so.
+    pub fn for_each_page(
+        &self,
+        mut visit: impl FnMut(PageNo, &[u8]) -> Result<(), Refusal>,
+    ) -> Result<(), Refusal> {
+        let mut image = vec![0u8; self.header.page_size.get()];
+        for page_no in (1..=self.header.page_count).filter_map(PageNo::new) {
+            if !is_lock_page(page_no, self.header.page_size) {
+                self.read_page(page_no, &mut image)?;
+                visit(page_no, &image)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Checksums of all pages, and their sum. A page that `table` does not know was never written
+    /// by a transaction (SQLite freed it before), so that whatever the file has there is not part
+    /// of the database; without a table an empty page is taken for one of these.
+    ///
+    /// # Errors
+    /// When a page cannot be read.
+    pub fn checksums(
+        &self,
+        table: Option<(&PageTable, u32)>,
+    ) -> Result<(DatabaseChecksum, PageChanges), Refusal> {
+        let mut sum = DatabaseChecksum::EMPTY;
+        let mut pages = PageChanges::new();
+        self.for_each_page(|page_no, image| {
+            let skipped = match table {
+                Some((table, count)) if page_no.get() <= count => {
+                    table.read(page_no)? == PageChecksum::default()
+                }
+                _ => image.iter().all(|byte| *byte == 0),
+            };
+            if !skipped {
+                let checksum = PageChecksum::of(page_no, image);
+                sum.toggle(checksum);
+                pages.insert(page_no, checksum);
+            }
+            Ok(())
+        })?;
+        Ok((sum, pages))
+    }
+}
+
+/// Checksum of the first pages of a database file whose WAL counts no more.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn checksum_of_file(
+    database: &dyn BaseFile,
+    last: &KnownTransaction,
+    table: &PageTable,
+) -> Result<DatabaseChecksum, Refusal> {
+    let header = DatabaseHeader {
+        page_size: last.page_size,
+        page_count: last.page_count,
+    };
+    let content = Content {
+        database,
+        wal: None,
+        header,
+    };
+    Ok(content.checksums(Some((table, last.page_count)))?.0)
+}

@@ -1,0 +1,85 @@
+//! The shim in a real SQLite: what is committed is in the log and in the file, and nothing else is.
+
+mod common;
+
+use common::model::Fault;
+use common::*;
+
+/// Broken, the simplest use does not work: create, write, close, open again.
+#[test]
+fn a_new_database_is_in_the_log_and_opens_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.db");
+    let name = path.to_str().unwrap();
+    let db = open_wal(&path);
+    exec(
+        &db,
+        "CREATE TABLE t(a); INSERT INTO t VALUES (1); INSERT INTO t VALUES (2)",
+    );
+    assert_eq!(sink().last_lsn(name), 4);
+    drop(db);
+    assert_level(&path);
+    let db = open(&path);
+    assert_eq!(text(&db, "PRAGMA journal_mode"), "wal");
+    exec(&db, "INSERT INTO t VALUES (3)");
+    assert_eq!(number(&db, "SELECT sum(a) FROM t"), 6);
+    assert_eq!(sink().last_lsn(name), 5);
+    drop(db);
+    assert_level(&path);
+}
+
+/// Broken, a refused commit stays in the file, or the connection is unusable after it.
+#[test]
+fn each_outcome_has_its_code_and_leaves_the_connection_usable() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.db");
+    let name = path.to_str().unwrap();
+    let db = open_wal(&path);
+    exec(&db, "CREATE TABLE t(a)");
+    for (fault, expected) in [
+        (Fault::Refuse, libsqlite3_sys::SQLITE_IOERR_WRITE),
+        (Fault::UnknownLost, libsqlite3_sys::SQLITE_IOERR_FSYNC),
+        (Fault::NotPrimary, libsqlite3_sys::SQLITE_READONLY),
+    ] {
+        sink().fault(name, &[fault]);
+        let error = try_exec(&db, "INSERT INTO t VALUES (1)").unwrap_err();
+        assert_eq!(code(&error), expected, "{fault:?}");
+        assert_eq!(number(&db, "SELECT count(*) FROM t"), 0);
+        sink().fault(name, &[fault]);
+        exec(&db, "BEGIN; INSERT INTO t VALUES (1)");
+        assert_eq!(code(&try_exec(&db, "COMMIT").unwrap_err()), expected);
+        assert!(db.is_autocommit());
+        exec(&db, "INSERT INTO t VALUES (7); DELETE FROM t");
+    }
+    drop(db);
+    assert_level(&path);
+}
+
+/// Broken, a commit whose outcome was unknown and that the quorum has would be lost in the local
+/// file, or written a second time.
+#[test]
+fn an_unknown_commit_that_is_in_the_log_is_fetched_before_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.db");
+    let name = path.to_str().unwrap();
+    let db = open_wal(&path);
+    let reader = open(&path);
+    exec(&db, "CREATE TABLE t(a)");
+    assert_eq!(number(&reader, "SELECT count(*) FROM t"), 0);
+    sink().fault(name, &[Fault::UnknownCommitted]);
+    let error = try_exec(&db, "INSERT INTO t VALUES (1)").unwrap_err();
+    assert_eq!(code(&error), libsqlite3_sys::SQLITE_IOERR_FSYNC);
+    assert_eq!(number(&db, "SELECT count(*) FROM t"), 0);
+    sink().set_resolve_unknown(name, true);
+    let error = try_exec(&db, "INSERT INTO t VALUES (2)").unwrap_err();
+    assert_eq!(code(&error), libsqlite3_sys::SQLITE_IOERR_WRITE);
+    assert_eq!(number(&reader, "SELECT count(*) FROM t"), 0);
+    sink().set_resolve_unknown(name, false);
+    let error = try_exec(&db, "INSERT INTO t VALUES (2)").unwrap_err();
+    assert_eq!(code(&error), libsqlite3_sys::SQLITE_IOERR_WRITE);
+    assert_eq!(number(&reader, "SELECT sum(a) FROM t"), 1);
+    exec(&db, "INSERT INTO t VALUES (2)");
+    assert_eq!(number(&db, "SELECT sum(a) FROM t"), 3);
+    drop((db, reader));
+    assert_level(&path);
+}
