@@ -2,6 +2,7 @@
 //!
 //! `DUROVFS_LOG` is `off`, `error` (default), `info` or `debug`. Never a key, never row data.
 
+use durovfs_vfs::LogLevel;
 use std::fmt;
 use std::sync::OnceLock;
 
@@ -62,6 +63,19 @@ pub fn error(text: fmt::Arguments<'_>) {
 /// Something that changed.
 pub fn info(text: fmt::Arguments<'_>) {
     write(Level::Info, text);
+}
+
+/// A line of the shim, told on a thread of SQLite's: it goes to the hosts' own logs, too.
+pub fn from_shim(level: LogLevel, line: &str) {
+    let level = match level {
+        LogLevel::Error => Level::Error,
+        LogLevel::Info => Level::Info,
+        LogLevel::Debug => Level::Debug,
+    };
+    write(level, format_args!("{line}"));
+    if enabled(level) {
+        crate::host::log_to_all(level == Level::Error, line);
+    }
 }
 
 fn write(level: Level, text: fmt::Arguments<'_>) {
