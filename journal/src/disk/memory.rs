@@ -165,6 +165,14 @@ impl MemoryDisk {
     }
 }
 
+fn overwrite(bytes: &mut Vec<u8>, offset: usize, with: &[u8]) {
+    let end = offset + with.len();
+    if bytes.len() < end {
+        bytes.resize(end, 0);
+    }
+    bytes[offset..end].copy_from_slice(with);
+}
+
 /// Durable bytes, and any of the sectors written since.
 fn surviving(content: &Content, draw: &mut dyn FnMut(u64) -> u64) -> Vec<u8> {
     let mut bytes = content.durable.clone();
@@ -176,10 +184,7 @@ fn surviving(content: &Content, draw: &mut dyn FnMut(u64) -> u64) -> Vec<u8> {
         while !left.is_empty() {
             let step = (SECTOR_BYTES - at % SECTOR_BYTES).min(left.len());
             if draw(4) < share {
-                if bytes.len() < at + step {
-                    bytes.resize(at + step, 0);
-                }
-                bytes[at..at + step].copy_from_slice(&left[..step]);
+                overwrite(&mut bytes, at, &left[..step]);
             }
             at += step;
             left = &left[step..];
@@ -301,11 +306,7 @@ impl DiskFile for MemoryFile {
         };
         let powered = state.power != Some(0) || stepped.is_ok();
         if powered {
-            let end = start + bytes.len();
-            if content.current.len() < end {
-                content.current.resize(end, 0);
-            }
-            content.current[start..end].copy_from_slice(bytes);
+            overwrite(&mut content.current, start, bytes);
             content.writes.push((start, bytes.to_vec()));
         }
         stepped
@@ -315,13 +316,17 @@ impl DiskFile for MemoryFile {
         let mut state = lock(&self.state);
         let mut content = lock(&self.content);
         let stepped = state.step();
-        if stepped.is_ok() {
-            content.durable = content.current.clone();
-        } else if state.power == Some(0) {
+        if stepped.is_err() && state.power == Some(0) {
             return stepped;
         }
-        // After a failure the system forgets what it did not write, as Linux does.
-        content.writes.clear();
+        // After a failure the system forgets what it did not write, as Linux does: a later sync
+        // that succeeds says nothing about it.
+        let writes = std::mem::take(&mut content.writes);
+        if stepped.is_ok() {
+            for (offset, bytes) in writes {
+                overwrite(&mut content.durable, offset, &bytes);
+            }
+        }
         stepped
     }
 

@@ -191,6 +191,29 @@ fn write_with_fault(fault: u64) -> bool {
     failures > 0
 }
 
+/// Broken if this fails: what failed to be synced, and was told to have failed, is found after a
+/// restart behind what took its place.
+#[test]
+fn a_failed_batch_never_comes_back_behind_its_successor() {
+    for operation in 0..2 {
+        let disk = MemoryDisk::default();
+        let journal = open(&disk);
+        write(&journal, vec![promise(1, 1), start(1, 1, 1, None)]).unwrap();
+        let failing = (2..6)
+            .map(|lsn| transaction(1, 1, lsn, vec![1; 800]))
+            .collect();
+        disk.fail_after(operation);
+        assert!(write(&journal, failing).is_err());
+        write(&journal, vec![transaction(1, 1, 2, vec![2; 800])]).unwrap();
+        // Before a mark could take the place of what follows.
+        let found = open(&disk.copy());
+        assert_eq!(found.state(database(1)).unwrap().last, position(1, 2));
+        assert_eq!(read(&found, 1, 2, 2)[0].payload[0], 2);
+        let found = open(&disk.crash(&mut |_| 0));
+        assert_eq!(found.state(database(1)).unwrap().last, position(1, 2));
+    }
+}
+
 /// Broken if this fails: entries of one log continue another's, after a truncation between them
 /// was refused.
 #[test]
