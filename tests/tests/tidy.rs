@@ -267,3 +267,31 @@ fn pages_for_people_name_no_path_of_one_machine() {
     }
     assert_none("paths of one machine", &offences);
 }
+
+#[test]
+fn links_between_pages_lead_somewhere() {
+    // Broken: the README would send its readers to pages that do not exist.
+    let mut offences = Vec::new();
+    let mut links = 0;
+    let docs = std::fs::read_dir(workspace().join("docs")).unwrap();
+    let mut pages: Vec<_> = docs.map(|entry| entry.unwrap().path()).collect();
+    pages.push(workspace().join("README.md"));
+    for page in pages.iter().filter(|page| page.is_file()) {
+        let text = std::fs::read_to_string(page).unwrap();
+        for link in text
+            .split("](")
+            .skip(1)
+            .filter_map(|rest| rest.split([')', '#']).next())
+        {
+            if link.is_empty() || link.starts_with("http") {
+                continue;
+            }
+            links += 1;
+            if !page.parent().unwrap().join(link).exists() {
+                offences.push(format!("{}: {link}", page.display()));
+            }
+        }
+    }
+    assert!(links > 5, "only {links} links found");
+    assert_none("links to nothing", &offences);
+}
