@@ -15,6 +15,8 @@ use std::sync::Arc;
 
 /// Indexes that are read at once.
 const PARALLEL_READS: usize = 8;
+/// Most transactions in one answer: what a person or a script asks for at once, in 200 MB.
+const MAX_TRANSACTIONS_LISTED: usize = 1_000_000;
 /// Bytes of a chunk's tail that are read first: footer and, for most chunks, the whole index.
 const TAIL_BYTES: u64 = 64 << 10;
 
@@ -26,15 +28,23 @@ pub struct ArchiveIndex {
 }
 
 /// What an archive covers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Covered {
     /// First and last commit; none when there is none.
-    pub commits: Option<(TransactionSummary, TransactionSummary)>,
+    pub commits: Option<Box<(TransactionSummary, TransactionSummary)>>,
+}
+
+impl Covered {
+    fn from_to(first: Option<TransactionSummary>, last: Option<TransactionSummary>) -> Self {
+        Self {
+            commits: first.zip(last).map(Box::new),
+        }
+    }
 }
 
 impl fmt::Display for Covered {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Some((first, last)) = self.commits else {
+        let Some((first, last)) = self.commits.as_deref().copied() else {
             return f.write_str("no commit");
         };
         let words = |summary: TransactionSummary| {
@@ -81,22 +91,25 @@ impl ArchiveIndex {
     ) -> Result<Vec<EntryFacts>, RestoreError> {
         let chunks = self.chunks_between(from, to)?;
         let reads = chunks.iter().map(|chunk| self.chunk_index(chunk));
-        let indexes: Vec<ChunkIndex> = stream::iter(reads)
-            .buffered(PARALLEL_READS)
-            .try_collect()
-            .await?;
+        let mut indexes = std::pin::pin!(stream::iter(reads).buffered(PARALLEL_READS));
         let mut found = Vec::new();
         let mut next = Lsn::ZERO;
-        for facts in indexes.into_iter().flat_map(|index| index.entries) {
-            // Chunks may overlap.
-            if facts.position.lsn < next {
-                continue;
+        while let Some(index) = indexes.try_next().await? {
+            for facts in index.entries {
+                // Chunks may overlap.
+                if facts.position.lsn < next {
+                    continue;
+                }
+                next = facts.position.lsn.next();
+                let wanted = from.is_none_or(|from| !is_before(&facts, from))
+                    && to.is_none_or(|to| !is_after(&facts, to));
+                if facts.transaction().is_some() && wanted {
+                    found.push(facts);
+                }
             }
-            next = facts.position.lsn.next();
-            let wanted = from.is_none_or(|from| !is_before(&facts, from))
-                && to.is_none_or(|to| !is_after(&facts, to));
-            if facts.transaction().is_some() && wanted {
-                found.push(facts);
+            if found.len() > MAX_TRANSACTIONS_LISTED {
+                let limit = MAX_TRANSACTIONS_LISTED;
+                return Err(RestoreError::TooMany { limit });
             }
         }
         Ok(found)
@@ -141,9 +154,7 @@ impl ArchiveIndex {
         let oldest = self.listing.snapshots.first().filter(|_| !begins_log);
         if let Some(snapshot) = oldest {
             let first = self.snapshot_transaction(snapshot).await?;
-            return Ok(Covered {
-                commits: first.zip(last),
-            });
+            return Ok(Covered::from_to(first, last));
         }
         for chunk in &self.listing.chunks {
             let index = self.chunk_index(chunk).await?;
@@ -151,9 +162,7 @@ impl ArchiveIndex {
             // In the middle of a log only a whole image can be a beginning.
             let first = transactions.find(|found| begins_log || found.commit.whole_image);
             if first.is_some() {
-                return Ok(Covered {
-                    commits: first.zip(last),
-                });
+                return Ok(Covered::from_to(first, last));
             }
         }
         Ok(Covered::default())

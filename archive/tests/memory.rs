@@ -3,6 +3,8 @@
 //! In a process of its own, because it measures the peak of the whole process. The size is that of
 //! an ordinary test; `DUROVFS_TEST_TRANSACTION_MIB=1024` measures the size that is promised.
 
+#![allow(clippy::unwrap_used, reason = "helpers of a test")]
+
 use durovfs_archive::uploader::write_chunk;
 use durovfs_archive::{LogIdentity, RestoreOptions, S3Options, When, restore, store};
 use durovfs_wire::entry::{MAX_PART_PAYLOAD_BYTES, Origin, PayloadBuilder, SLOT_HEADER_BYTES};

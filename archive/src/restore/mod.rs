@@ -13,7 +13,8 @@ pub(crate) use execute::{blocking, build_image, download, local};
 pub use plan::{Plan, PlanError, plan};
 
 use crate::chunk::ChunkError;
-use crate::index::{ArchiveIndex, Covered};
+use crate::index::ArchiveIndex;
+pub use crate::index::Covered;
 use crate::layout::InvalidName;
 use crate::listing::{Listing, database_names, near_names};
 use crate::store::{Store, StoreError};
@@ -65,6 +66,12 @@ pub enum RestoreError {
         path: PathBuf,
         /// What failed.
         source: std::io::Error,
+    },
+    /// A listing of commits would be too long to be held.
+    #[error("more than {limit} commits between these moments; ask for a shorter time")]
+    TooMany {
+        /// How many are given at most.
+        limit: usize,
     },
     /// The name cannot be one.
     #[error(transparent)]

@@ -172,7 +172,7 @@ async fn moments_outside_the_archive_are_refused_with_what_it_covers() {
         let RestoreError::NotCovered { covered, .. } = &error else {
             panic!("{when:?}: {error}")
         };
-        let (first, last) = covered.commits.unwrap();
+        let (first, last) = *covered.commits.clone().unwrap();
         assert_eq!(
             (first.position, last.position),
             (model.position(2), model.position(9))

@@ -77,7 +77,7 @@ async fn large_files_go_up_whole() {
         for size in [0, 1, (8 << 20) + 1, (24 << 20) + 4321] {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("file");
-            let bytes: Vec<u8> = (0..size).map(|i| (i * 31 >> 3) as u8).collect();
+            let bytes: Vec<u8> = (0..size).map(|i| ((i * 31) >> 3) as u8).collect();
             std::fs::write(&path, &bytes).unwrap();
             let key = format!("large/{size}");
             for expected in [PutOutcome::Created, PutOutcome::AlreadyThere] {
