@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod block;
 pub mod disk;
 mod error;
 mod format;

@@ -6,6 +6,7 @@
 //! goes to a fresh one, whose header says which sequence it begins with, so that recovery takes
 //! nothing of the failed batch for part of the journal.
 
+use crate::block::{Blocks, cuts};
 use crate::error::JournalError;
 use crate::format::{SEGMENT_HEADER_BYTES, SegmentHeader, encode_record, record_bytes};
 use crate::journal::{Append, Completion, Item, Shared, Tables};
@@ -34,21 +35,14 @@ const STATE_BYTES: usize = 256;
 /// Guess of an epoch run's bytes.
 const RUN_BYTES: usize = 10;
 
-/// Something failed that later records of the database may build on.
-#[derive(Debug, Clone, Copy, Default)]
-struct Block {
-    promise: Option<Epoch>,
-    cut: bool,
-}
-
 /// Records that are written together.
 #[derive(Default)]
 struct Batch {
     bytes: Vec<u8>,
     operations: Vec<(Stored, Location)>,
     heads: BTreeMap<DatabaseId, Head>,
-    /// Databases of which a promise or a truncation is in the batch.
-    blocks: BTreeMap<DatabaseId, Block>,
+    /// What is blocked if the batch fails.
+    blocks: Blocks,
     completions: Vec<(Completion, Result<(), JournalError>)>,
     record_count: u64,
 }
@@ -82,7 +76,7 @@ pub(crate) struct Writer {
     needs_segment: bool,
     /// The segment began, and its states are not written yet.
     needs_states: bool,
-    blocked: BTreeMap<DatabaseId, Block>,
+    blocked: Blocks,
     waiting: VecDeque<Item>,
 }
 
@@ -107,7 +101,7 @@ impl Writer {
             unsynced,
             needs_segment: false,
             needs_states,
-            blocked: BTreeMap::new(),
+            blocked: Blocks::default(),
             waiting: VecDeque::new(),
         }
     }
@@ -164,7 +158,7 @@ impl Writer {
                 Item::Resume(database) => {
                     // What failed before it in this batch would block again.
                     batch = self.flush(batch);
-                    self.blocked.remove(&database);
+                    self.blocked.clear(database);
                     continue;
                 }
             };
@@ -172,7 +166,7 @@ impl Writer {
             match self.add(&mut batch, &records) {
                 Added::Yes => batch.completions.push((done, Ok(()))),
                 Added::Refused(error) => {
-                    self.block(&records);
+                    self.blocked.note(&records);
                     batch.completions.push((done, Err(error)));
                 }
                 Added::Flush => {
@@ -200,7 +194,10 @@ impl Writer {
             // A truncation is decided by the index, which must have all before it.
             return Added::Flush;
         }
-        if let Err(error) = self.check_blocked(records) {
+        if let Err(error) = self
+            .blocked
+            .check(records, |database| promised(&self.shared, database))
+        {
             return Added::Refused(error);
         }
         let (heads, encoded) = match self.admit(batch, records) {
@@ -226,9 +223,7 @@ impl Writer {
         }
         self.unblock(records);
         batch.heads.extend(heads);
-        for record in records {
-            note_block(&mut batch.blocks, record);
-        }
+        batch.blocks.note(records);
         for (stored, header, payload) in encoded.records {
             self.push_record(batch, stored, &header, &payload);
         }
@@ -382,8 +377,7 @@ impl Writer {
     fn begin_next_segment(&mut self, for_entries: bool) -> Result<(), JournalError> {
         let count = lock(&self.shared.tables).segments.len();
         let max = self.shared.segments_max() + usize::from(!for_entries);
-        // A segment that failed is not replaced in place, so it counts as well.
-        if count >= max && !self.shared.preparer.is_ready() || count > max {
+        if count >= max {
             let detail = format!("{count} segments are needed, the limit is {max}");
             return Err(JournalError::Full { detail });
         }
@@ -534,16 +528,14 @@ impl Writer {
     fn fail(&mut self, batch: Batch, error: &JournalError) {
         tracing::error!(%error, "the journal could not be written");
         lock(&self.shared.trouble).io = Some(error.to_string());
-        for (database, block) in batch.blocks {
-            merge_block(self.blocked.entry(database).or_default(), block);
-        }
+        self.blocked.merge(batch.blocks);
         self.waiting
             .extend(std::mem::take(&mut lock(&self.shared.queue).items));
         let mut failed: Vec<(Completion, Result<(), JournalError>)> = batch.completions;
         for item in std::mem::take(&mut self.waiting) {
             match item {
                 Item::Append(Append { records, done }) => {
-                    self.block(&records);
+                    self.blocked.note(&records);
                     failed.push((done, Ok(())));
                 }
                 // Said before this failure was heard of.
@@ -557,57 +549,10 @@ impl Writer {
         }
     }
 
-    fn block(&mut self, records: &[Record]) {
-        for record in records {
-            note_block(&mut self.blocked, record);
-        }
-    }
-
-    fn check_blocked(&self, records: &[Record]) -> Result<(), JournalError> {
-        let mut blocks = BTreeMap::new();
-        for record in records {
-            let database = record.database();
-            let Some(block) = self.blocked.get(&database) else {
-                continue;
-            };
-            let block = blocks.entry(database).or_insert(*block);
-            make_good(block, record, self.promised(database));
-            let free = block.promise.is_none() && !block.cut;
-            if !free && !matches!(record, Record::Promise { .. }) {
-                let detail =
-                    "an earlier promise or truncation failed; take up again from the state";
-                return Err(JournalError::Refused {
-                    database,
-                    detail: detail.to_owned(),
-                });
-            }
-        }
-        Ok(())
-    }
-
-    /// What the records make good is not blocked any more.
     fn unblock(&mut self, records: &[Record]) {
-        if self.blocked.is_empty() {
-            return;
-        }
-        for record in records {
-            let database = record.database();
-            let promised = self.promised(database);
-            if let Some(block) = self.blocked.get_mut(&database) {
-                make_good(block, record, promised);
-                if block.promise.is_none() && !block.cut {
-                    self.blocked.remove(&database);
-                }
-            }
-        }
-    }
-
-    fn promised(&self, database: DatabaseId) -> Epoch {
-        let tables = lock(&self.shared.tables);
-        tables
-            .databases
-            .get(&database)
-            .map_or(Epoch::ZERO, |table| table.state().promised)
+        let shared = self.shared.clone();
+        self.blocked
+            .make_good(records, |database| promised(&shared, database));
     }
 
     fn wants_mark(&self) -> bool {
@@ -722,46 +667,12 @@ impl Drop for Writer {
     }
 }
 
-/// Whether a record moves the end of its log.
-fn cuts(record: &Record) -> bool {
-    matches!(
-        record,
-        Record::Truncate { .. } | Record::Restart { .. } | Record::State(_)
-    )
-}
-
-fn note_block(blocks: &mut BTreeMap<DatabaseId, Block>, record: &Record) {
-    let block = match record {
-        Record::Promise { epoch, .. } => Block {
-            promise: Some(*epoch),
-            cut: false,
-        },
-        _ if cuts(record) => Block {
-            promise: None,
-            cut: true,
-        },
-        _ => return,
-    };
-    merge_block(blocks.entry(record.database()).or_default(), block);
-}
-
-fn merge_block(into: &mut Block, block: Block) {
-    into.promise = into.promise.max(block.promise);
-    into.cut |= block.cut;
-}
-
-/// What a block is after this record, if it is written.
-fn make_good(block: &mut Block, record: &Record, promised: Epoch) {
-    match record {
-        // A claim that is new is made after its caller heard of all failures before it.
-        Record::Promise { epoch, .. } if Some(*epoch) > block.promise && *epoch > promised => {
-            *block = Block::default();
-        }
-        Record::Promise { epoch, .. } if Some(*epoch) >= block.promise => block.promise = None,
-        // Cuts say where the log ends, whatever was there before.
-        _ if cuts(record) => block.cut = false,
-        _ => {}
-    }
+fn promised(shared: &Shared, database: DatabaseId) -> Epoch {
+    let tables = lock(&shared.tables);
+    tables
+        .databases
+        .get(&database)
+        .map_or(Epoch::ZERO, |table| table.state().promised)
 }
 
 fn to_stored(record: &Record, table: Option<&Table>) -> (Stored, Bytes) {

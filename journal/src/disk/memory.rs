@@ -41,6 +41,8 @@ struct State {
     power: Option<u64>,
     /// Operations until one fails, once.
     fault: Option<u64>,
+    /// Syncs of files so far.
+    sync_count: u64,
 }
 
 impl State {
@@ -91,6 +93,11 @@ impl MemoryDisk {
     /// Only so many more bytes fit; `None` lifts the limit.
     pub fn limit_room(&self, bytes: Option<u64>) {
         lock(&self.state).room = bytes;
+    }
+
+    /// How often a file was synced.
+    pub fn sync_count(&self) -> u64 {
+        lock(&self.state).sync_count
     }
 
     /// The power goes now: the disk as it is found afterwards. `draw(n)` gives a number below `n`,
@@ -315,6 +322,7 @@ impl DiskFile for MemoryFile {
     fn sync_data(&self) -> io::Result<()> {
         let mut state = lock(&self.state);
         let mut content = lock(&self.content);
+        state.sync_count += 1;
         let stepped = state.step();
         if stepped.is_err() && state.power == Some(0) {
             return stepped;

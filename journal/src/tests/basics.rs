@@ -215,3 +215,36 @@ fn sizes_and_transactions_come_from_the_index() {
     assert_eq!(found, vec![summary(1, 4)]);
     assert_eq!(journal.usage().entry_count, 2);
 }
+
+/// Broken if this fails: each commit of each database pays for a sync of its own.
+#[test]
+fn what_waits_shares_one_sync() {
+    let disk = MemoryDisk::default();
+    let journal = open(&disk);
+    for number in 0..100 {
+        write(&journal, vec![promise(number, 1)]).unwrap();
+    }
+    // The writer is held up in a completion, as by a slow disk.
+    let (go, wait) = std::sync::mpsc::channel();
+    journal.append(vec![promise(0, 2)], Box::new(move |_| wait.recv().unwrap()));
+    let (sender, receiver) = std::sync::mpsc::channel();
+    for number in 0..100 {
+        let sender = sender.clone();
+        let done = Box::new(move |result| sender.send((number, result)).unwrap());
+        journal.append(vec![start(number, 2, 1, None)], done);
+    }
+    // The promise itself is not synced yet, or it is: the rest needs one more.
+    let before = disk.sync_count();
+    go.send(()).unwrap();
+    let done: Vec<_> = receiver.iter().take(100).collect();
+    assert!(done.iter().all(|(_, result)| result.is_ok()));
+    assert!(
+        done.iter().map(|(number, _)| *number).eq(0..100),
+        "not in the order of the calls"
+    );
+    assert!(
+        disk.sync_count() - before <= 2,
+        "{} syncs",
+        disk.sync_count() - before
+    );
+}
