@@ -1,6 +1,7 @@
 //! The log under crashes, cut links and competing primaries, seed after seed.
 //!
-//! `DUROVFS_SEED=N` runs that one seed. Every failure prints its seed.
+//! `DUROVFS_SEED=N` runs that one seed, `DUROVFS_SEED_COUNT=N` the first N. Every failure prints its
+//! seed.
 
 // Helpers outside of test functions may panic as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -19,7 +20,10 @@ fn seeds() -> std::ops::Range<u64> {
             let seed = text.parse().expect("DUROVFS_SEED is a number");
             seed..seed + 1
         }
-        Err(_) => 0..SEED_COUNT,
+        Err(_) => match std::env::var("DUROVFS_SEED_COUNT") {
+            Ok(text) => 0..text.parse().expect("DUROVFS_SEED_COUNT is a number"),
+            Err(_) => 0..SEED_COUNT,
+        },
     }
 }
 
