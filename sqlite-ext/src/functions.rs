@@ -35,8 +35,12 @@ const fn functions_of<const HOST: usize>() -> [(&'static CStr, c_int, ScalarFn);
     ]
 }
 
-const FUNCTIONS: [[(&CStr, c_int, ScalarFn); 8]; MAX_HOSTS] =
-    [functions_of::<0>(), functions_of::<1>(), functions_of::<2>(), functions_of::<3>()];
+const FUNCTIONS: [[(&CStr, c_int, ScalarFn); 8]; MAX_HOSTS] = [
+    functions_of::<0>(),
+    functions_of::<1>(),
+    functions_of::<2>(),
+    functions_of::<3>(),
+];
 
 unsafe extern "C" fn x_status<const HOST: usize>(
     context: *mut sqlite3_context,
@@ -106,7 +110,11 @@ pub(crate) unsafe fn install(host: &Host, db: *mut sqlite3) -> Result<(), String
 /// # Safety
 /// `db` is a connection of this host that this thread may use.
 pub(crate) unsafe fn opened_too_early(host: &Host, db: *mut sqlite3) -> Option<String> {
-    let call = Call { host, db, arguments: &[] };
+    let call = Call {
+        host,
+        db,
+        arguments: &[],
+    };
     let path = call.path(MAIN)?;
     let is_meant = host.client.config().protects(Path::new(&path));
     (is_meant && call.file_status(MAIN).is_none()).then(|| call.why_unprotected(MAIN))
@@ -142,7 +150,8 @@ impl Call<'_> {
     }
 
     fn protected_file(&self) -> Result<FileStatus, String> {
-        self.file_status(MAIN).ok_or_else(|| self.why_unprotected(MAIN))
+        self.file_status(MAIN)
+            .ok_or_else(|| self.why_unprotected(MAIN))
     }
 
     /// Path of the database; none for one in memory, or a temporary one.
@@ -177,9 +186,13 @@ impl Call<'_> {
         let config = self.host.client.config();
         if !config.protects(Path::new(&path)) {
             let file = config.file.display();
-            return format!("{path} is not protected: the client configuration {file} leaves it out");
+            return format!(
+                "{path} is not protected: the client configuration {file} leaves it out"
+            );
         }
-        let vfs = self.vfs_name(schema).unwrap_or_else(|| "unknown".to_owned());
+        let vfs = self
+            .vfs_name(schema)
+            .unwrap_or_else(|| "unknown".to_owned());
         format!(
             "{path} is not protected: this connection was opened before durovfs was loaded, or \
              with another VFS ({vfs}); close it and open it again"
@@ -188,8 +201,9 @@ impl Call<'_> {
 
     fn last_error(&self) -> Option<String> {
         let of_file = self.file_status(MAIN).map(|file| file.last_error);
-        let mut lines =
-            of_file.into_iter().chain(std::iter::once(durovfs_vfs::shim::last_open_refusal()));
+        let mut lines = of_file
+            .into_iter()
+            .chain(std::iter::once(durovfs_vfs::shim::last_open_refusal()));
         lines.find(|line| !line.is_empty())
     }
 
@@ -201,10 +215,17 @@ impl Call<'_> {
             Some(file) => status::protected(&host.client, &file, &host.version),
             None => {
                 let reason = self.why_unprotected(&schema);
-                status::unprotected(&host.client, reason, (&host.version, host.version_number), self.last_error())
+                status::unprotected(
+                    &host.client,
+                    reason,
+                    (&host.version, host.version_number),
+                    self.last_error(),
+                )
             }
         };
-        serde_json::to_string(&report).map(Some).map_err(|error| error.to_string())
+        serde_json::to_string(&report)
+            .map(Some)
+            .map_err(|error| error.to_string())
     }
 
     fn bookmark(&self) -> Result<Option<String>, String> {
@@ -230,8 +251,9 @@ impl Call<'_> {
             None => file.timeout_ms,
         };
         let timeout = (milliseconds != 0).then(|| Duration::from_millis(milliseconds));
-        let reached =
-            status::wait_for(&self.host.client, bookmark, timeout, || self.protected_file())?;
+        let reached = status::wait_for(&self.host.client, bookmark, timeout, || {
+            self.protected_file()
+        })?;
         Ok(Some(reached.to_string()))
     }
 }
@@ -257,10 +279,13 @@ unsafe fn answer(
         };
         // SAFETY: SQLite's own context.
         let db = unsafe { api.context_db_handle(context) };
-        body(&Call { host, db, arguments })
+        body(&Call {
+            host,
+            db,
+            arguments,
+        })
     }));
-    let answered =
-        answered.unwrap_or_else(|_| Err("a bug: a panic in a function".to_owned()));
+    let answered = answered.unwrap_or_else(|_| Err("a bug: a panic in a function".to_owned()));
     // A status is far below 2 GiB; the limit is SQLite's own.
     let length = |text: &str| c_int::try_from(text.len()).unwrap_or(0);
     match answered {

@@ -6,6 +6,7 @@
 use crate::client::Client;
 use crate::config::ClientConfig;
 use crate::{functions, log};
+use durovfs_vfs::ffi::EntryPoint;
 use durovfs_vfs::sink::Sink;
 use durovfs_vfs::{Api, ApiRoutines, Options, register};
 use libsqlite3_sys as sqlite;
@@ -57,7 +58,11 @@ fn host_of(api: &Api) -> Option<&'static Host> {
 
 /// Writes a line to the own log of each host.
 pub(crate) fn log_to_all(is_error: bool, line: &str) {
-    let code = if is_error { sqlite::SQLITE_ERROR } else { sqlite::SQLITE_NOTICE };
+    let code = if is_error {
+        sqlite::SQLITE_ERROR
+    } else {
+        sqlite::SQLITE_NOTICE
+    };
     let line = format!("durovfs: {line}");
     hosts().for_each(|host| host.api.log(code, &line));
 }
@@ -89,8 +94,9 @@ pub(crate) unsafe fn load(db: *mut sqlite3, table: *const ApiRoutines) -> Result
     // SAFETY: SQLite calls it with the arguments of an extension's entry point, whatever the type
     // of the slot says; registering it again changes nothing.
     let code = unsafe {
-        let entry: functions::EntryPoint = on_connection;
-        api.auto_extension(Some(std::mem::transmute::<functions::EntryPoint, _>(entry)))
+        api.auto_extension(Some(
+            std::mem::transmute::<functions::EntryPoint, EntryPoint>(on_connection),
+        ))
     };
     if code != sqlite::SQLITE_OK {
         return Err(format!("durovfs: sqlite3_auto_extension returned {code}"));
@@ -117,7 +123,9 @@ fn client(api: &Api) -> Result<Arc<Client>, String> {
     let program = program.as_deref().and_then(|path| path.file_name());
     let program = program.unwrap_or_default().to_string_lossy().into_owned();
     let description = format!("{program}, SQLite {}", api.version());
-    Ok(CLIENT.get_or_init(|| Arc::new(Client::new(config, description))).clone())
+    Ok(CLIENT
+        .get_or_init(|| Arc::new(Client::new(config, description)))
+        .clone())
 }
 
 fn remember(api: Api, client: Arc<Client>) -> Result<&'static Host, String> {
@@ -126,12 +134,20 @@ fn remember(api: Api, client: Arc<Client>) -> Result<&'static Host, String> {
     }
     let index = hosts().count();
     let Some(place) = HOSTS.get(index) else {
-        return Err(format!("durovfs: more than {MAX_HOSTS} SQLites in one process"));
+        return Err(format!(
+            "durovfs: more than {MAX_HOSTS} SQLites in one process"
+        ));
     };
     // SAFETY: the slot takes no arguments.
     let version_number = unsafe { api.libversion_number() };
     let version = api.version();
-    Ok(place.get_or_init(|| Host { api, client, version, version_number, index }))
+    Ok(place.get_or_init(|| Host {
+        api,
+        client,
+        version,
+        version_number,
+        index,
+    }))
 }
 
 /// SQLite calls this for each new connection.
@@ -154,7 +170,9 @@ unsafe extern "C" fn on_connection(
         // The database is protected by the VFS all the same: the application must not fail for want
         // of a function that tells it so.
         Ok(Err(error)) => log::error(format_args!("no SQL functions on a connection: {error}")),
-        Err(_) => log::error(format_args!("no SQL functions on a connection: a bug in durovfs")),
+        Err(_) => log::error(format_args!(
+            "no SQL functions on a connection: a bug in durovfs"
+        )),
     }
     sqlite::SQLITE_OK
 }

@@ -71,9 +71,8 @@ fn report(
     // The shim has warned of the host's version.
     let mut warnings = file.warnings.clone();
     if file.in_flight {
-        warnings.push(
-            "the outcome of a commit is unknown; the next write settles it first".to_owned(),
-        );
+        warnings
+            .push("the outcome of a commit is unknown; the next write settles it first".to_owned());
     }
     let remote = match answer {
         Ok(remote) => {
@@ -87,7 +86,11 @@ fn report(
             None
         }
     };
-    warnings.extend(remote.iter().flat_map(|remote| remote.warnings.iter().cloned()));
+    warnings.extend(
+        remote
+            .iter()
+            .flat_map(|remote| remote.warnings.iter().cloned()),
+    );
     StatusReport {
         protected: true,
         reason: None,
@@ -183,7 +186,9 @@ pub fn wait_for(
         }
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
-            return Err(format!("bookmark {bookmark} is not durable yet: the time is over"));
+            return Err(format!(
+                "bookmark {bookmark} is not durable yet: the time is over"
+            ));
         }
         // Another host's or process's commit: the sidecar knows of it before the file does.
         let patience = left.unwrap_or(STATUS_TIMEOUT).min(STATUS_TIMEOUT);
@@ -191,8 +196,14 @@ pub fn wait_for(
             Ok(Some(remote)) if remote.commit_lsn >= bookmark.lsn => return Ok(bookmark),
             Ok(_) => {}
             // It may come back within the time.
-            Err(SinkError { kind: SinkErrorKind::Unreachable, .. })
-            | Err(SinkError { kind: SinkErrorKind::Refused(FailureKind::NoQuorum), .. }) => {}
+            Err(SinkError {
+                kind: SinkErrorKind::Unreachable,
+                ..
+            })
+            | Err(SinkError {
+                kind: SinkErrorKind::Refused(FailureKind::NoQuorum),
+                ..
+            }) => {}
             Err(error) => return Err(error.message),
         }
         std::thread::sleep(WAIT_PAUSE);
@@ -203,7 +214,9 @@ pub fn wait_for(
 fn reached(bookmark: Bookmark, position: LogPosition) -> Result<Option<Bookmark>, String> {
     let newest = Bookmark::from(position);
     if bookmark.lsn == newest.lsn && bookmark.epoch != newest.epoch {
-        return Err(format!("bookmark {bookmark} is of another history: the log has {newest}"));
+        return Err(format!(
+            "bookmark {bookmark} is of another history: the log has {newest}"
+        ));
     }
     Ok((bookmark.lsn <= newest.lsn).then_some(bookmark))
 }
@@ -227,7 +240,10 @@ mod tests {
     }
 
     fn unreachable() -> SinkError {
-        SinkError { kind: SinkErrorKind::Unreachable, message: "no answer".to_owned() }
+        SinkError {
+            kind: SinkErrorKind::Unreachable,
+            message: "no answer".to_owned(),
+        }
     }
 
     #[test]
@@ -272,12 +288,21 @@ mod tests {
         // Broken if not: an application answers its user before the commit is durable, or waits for
         // what was lost.
         let position = LogPosition::new(Epoch::new(3), Lsn::new(9));
-        let at = |lsn, epoch| Bookmark { lsn: Lsn::new(lsn), epoch: Epoch::new(epoch) };
+        let at = |lsn, epoch| Bookmark {
+            lsn: Lsn::new(lsn),
+            epoch: Epoch::new(epoch),
+        };
         assert_eq!(reached(at(9, 3), position), Ok(Some(at(9, 3))));
         assert_eq!(reached(at(8, 2), position), Ok(Some(at(8, 2))));
         assert_eq!(reached(at(10, 3), position), Ok(None));
         assert!(reached(at(9, 2), position).is_err());
         assert_eq!(newest_bookmark(&file()), Some(at(9, 3)));
-        assert_eq!(newest_bookmark(&FileStatus { position: LogPosition::ZERO, ..file() }), None);
+        assert_eq!(
+            newest_bookmark(&FileStatus {
+                position: LogPosition::ZERO,
+                ..file()
+            }),
+            None
+        );
     }
 }

@@ -164,7 +164,11 @@ mod tests {
     fn the_sidecar_is_told_of_less_time_than_the_caller_has() {
         // Broken if not: the sidecar's answer comes when the caller has given up.
         let call = Call::new(Some(Duration::from_secs(10)));
-        assert!((9_000..=9_700).contains(&call.remaining_ms()), "{}", call.remaining_ms());
+        assert!(
+            (9_000..=9_700).contains(&call.remaining_ms()),
+            "{}",
+            call.remaining_ms()
+        );
         assert_eq!(Call::new(None).remaining_ms(), 0);
         // Zero would be for ever.
         assert_eq!(Call::new(Some(Duration::ZERO)).remaining_ms(), 1);

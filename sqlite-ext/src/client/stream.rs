@@ -402,17 +402,16 @@ async fn pump_log(
         let (message, payload) = stream.recv().await?;
         match message {
             SidecarMessage::LogPart { part } => {
-                if parts
+                let sent = parts
                     .send(Ok(EntryPart {
                         header: part,
                         payload,
                     }))
-                    .await
-                    .is_err()
-                {
+                    .await;
+                let Ok(()) = sent else {
                     stream.receiver.stop();
                     return Ok(());
-                }
+                };
             }
             SidecarMessage::LogEnd { error: None } => return Ok(()),
             SidecarMessage::LogEnd {
