@@ -6,8 +6,8 @@ use durovfs_wire::{Epoch, EpochRun, LogPosition, Lsn};
 /// The epoch runs of one log, oldest first. Both epochs and positions rise from run to run.
 ///
 /// Two entries of the same epoch and lsn are the same entry, and so are all before them: one
-/// primary per epoch writes them, in order. So two logs are compared run by run, not entry by entry.
-/// A history does not know where the log ends; that is the owner's `last`.
+/// primary per epoch writes them, in order. So two logs are compared run by run, not entry by
+/// entry. A history does not know where the log ends; that is the owner's `last`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct History {
     runs: Vec<EpochRun>,
@@ -146,7 +146,8 @@ impl History {
         LogPosition::ZERO
     }
 
-    /// Follows `other` after `from`: own runs up to `from` stay, those of `other` after it are added.
+    /// Follows `other` after `from`: own runs up to `from` stay, those of `other` after it are
+    /// added.
     pub(crate) fn adopt_after(&mut self, from: LogPosition, other: &[EpochRun]) {
         self.truncate_after(from.lsn);
         for run in other.iter().filter(|run| run.first_lsn > from.lsn) {

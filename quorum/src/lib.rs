@@ -1,9 +1,9 @@
 //! The quorum log of one database: the [`Primary`] and [`Replica`] state machines.
 //!
-//! Plain structs, fed with events and polled for effects. No I/O, no clock, no async, no threads, no
-//! randomness: the driver owns all of these, and the same events always give the same effects.
-//! `docs/protocol.md` tells the exchanges; the rules are Raft's, with a proposer that stores nothing
-//! that counts and voters that never lead.
+//! Plain structs, fed with events and polled for effects. No I/O, no clock, no async, no threads,
+//! no randomness: the driver owns all of these, and the same events always give the same effects.
+//! `docs/protocol.md` tells the exchanges; the rules are Raft's, with a proposer that stores
+//! nothing that counts and voters that never lead.
 //!
 //! Invariants are asserted in release builds, with every lsn and epoch involved: a node that stops
 //! is better than one that lies.

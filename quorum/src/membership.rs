@@ -39,8 +39,8 @@ pub enum InvalidMembership {
 impl Membership {
     /// Checks the numbers.
     ///
-    /// # Errors
-    /// When two quorums need not share a replica, a quorum is more than all, or a node is there twice.
+    /// # Errors When two quorums need not share a replica, a quorum is more than all, or a node is
+    /// there twice.
     pub fn new(
         generation: u32,
         nodes: Vec<NodeName>,
@@ -93,7 +93,8 @@ mod tests {
         names.iter().map(|name| name.parse().unwrap()).collect()
     }
 
-    // If this failed, a configuration could have two quorums that never meet: two primaries at once.
+    // If this failed, a configuration could have two quorums that never meet: two primaries at
+    // once.
     #[test]
     fn memberships_whose_quorums_can_miss_each_other_are_refused() {
         assert!(Membership::new(1, nodes(&["a", "b", "c", "d", "e"]), 3).is_ok());

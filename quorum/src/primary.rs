@@ -1,8 +1,9 @@
 //! The primary of one log: claims an epoch, recovers the log's end, counts acks, buries.
 //!
 //! This file holds the events and the state; `primary/recovery.rs` the choice of the log, and
-//! `primary/feed.rs` what each replica is sent and what its answers mean. No I/O: the driver carries
-//! the effects out in the order in which they are polled. `docs/protocol.md` tells the exchanges.
+//! `primary/feed.rs` what each replica is sent and what its answers mean. No I/O: the driver
+//! carries the effects out in the order in which they are polled. `docs/protocol.md` tells the
+//! exchanges.
 
 mod feed;
 mod recovery;
@@ -140,7 +141,8 @@ pub struct NodeProgress {
     pub promised: bool,
     /// It refused the current epoch (or this membership), having promised this one.
     pub refused: Option<Epoch>,
-    /// Its disk took no entry: it is left alone until [`Primary::restart_feed`] or a new connection.
+    /// Its disk took no entry: it is left alone until [`Primary::restart_feed`] or a new
+    /// connection.
     pub troubled: bool,
     /// It is sent entries.
     pub feeding: bool,
@@ -274,20 +276,22 @@ impl Primary {
         }
     }
 
-    /// Claims an epoch above all seen. Also the way to go on after a refusal or a timeout, each time
-    /// with a new claimant. A burial under way becomes ordinary recovery ([`PrimaryEffect::BuryRefused`]).
+    /// Claims an epoch above all seen. Also the way to go on after a refusal or a timeout, each
+    /// time with a new claimant. A burial under way becomes ordinary recovery
+    /// ([`PrimaryEffect::BuryRefused`]).
     pub fn start_claim(&mut self, claimant: ClaimantId) {
         self.refuse_bury();
         self.begin_claim(claimant);
     }
 
-    /// Gives up the uncommitted tail: claims a higher epoch and puts its start in place of the first
-    /// uncommitted entry. Ends with [`PrimaryEffect::Buried`] or [`PrimaryEffect::BuryRefused`].
+    /// Gives up the uncommitted tail: claims a higher epoch and puts its start in place of the
+    /// first uncommitted entry. Ends with [`PrimaryEffect::Buried`] or
+    /// [`PrimaryEffect::BuryRefused`].
     ///
     /// With a burial under way its claim is sent again to the replicas that have not answered, and
     /// `claimant` is not used: a second epoch would hide what the replicas had promised before the
-    /// first. When nothing is uncommitted, nothing is done. A primary that leads no epoch refuses at
-    /// once, and nothing else changes.
+    /// first. When nothing is uncommitted, nothing is done. A primary that leads no epoch refuses
+    /// at once, and nothing else changes.
     pub fn start_bury(&mut self, claimant: ClaimantId) {
         if self.bury.is_some() {
             self.ask_again();
@@ -320,8 +324,9 @@ impl Primary {
         matches!(self.stage, Stage::Leading { .. }).then(|| self.last.lsn.next())
     }
 
-    /// The own journal holds the complete entry, and it may be sent from now on. An entry of an epoch
-    /// that was given up in between is ignored: the own journal is cut before the next epoch start.
+    /// The own journal holds the complete entry, and it may be sent from now on. An entry of an
+    /// epoch that was given up in between is ignored: the own journal is cut before the next epoch
+    /// start.
     ///
     /// # Panics
     /// When it is not the entry after the last one.
@@ -386,8 +391,8 @@ impl Primary {
         self.history.forget_below(self.feed_floor());
     }
 
-    /// The own journal holds all entries from here on, archived or not, and replicas that lag may be
-    /// fed from here. Call it again before the journal drops more. Without it replicas that lag
+    /// The own journal holds all entries from here on, archived or not, and replicas that lag may
+    /// be fed from here. Call it again before the journal drops more. Without it replicas that lag
     /// behind the archive go on from the archived position.
     pub fn handle_retained(&mut self, first_lsn: Lsn) {
         self.retained_lsn = Some(first_lsn);

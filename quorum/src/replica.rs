@@ -1,8 +1,8 @@
 //! The replica of one log: what it promised, what it holds, what it may take and ack.
 //!
 //! This file holds claims, progress and the answers; `replica/append.rs` decides over entries. No
-//! I/O: the driver writes to the journal what it is told, in that order, and reports back what is on
-//! disk. `docs/protocol.md` tells the exchanges.
+//! I/O: the driver writes to the journal what it is told, in that order, and reports back what is
+//! on disk. `docs/protocol.md` tells the exchanges.
 
 mod append;
 #[cfg(test)]
@@ -54,8 +54,8 @@ pub enum AppendVerdict {
 /// What the driver is to do, in this order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReplicaEffect {
-    /// Write the promise to the journal, and call [`Replica::handle_promise_persisted`] when it, and
-    /// all that was written before it, is synced.
+    /// Write the promise to the journal, and call [`Replica::handle_promise_persisted`] when it,
+    /// and all that was written before it, is synced.
     PersistPromise {
         /// Comes back in the call.
         token: u64,
@@ -298,8 +298,8 @@ impl Replica {
         self.send_promise();
     }
 
-    /// The journal could not write. No entry is taken and nothing is acked or promised any more; the
-    /// driver makes a new replica from the journal's state when it writes again.
+    /// The journal could not write. No entry is taken and nothing is acked or promised any more;
+    /// the driver makes a new replica from the journal's state when it writes again.
     pub fn handle_trouble(&mut self, message: String) {
         if let Some(pending) = self.pending.take() {
             let reason = RejectReason::Storage {
@@ -372,7 +372,8 @@ impl Replica {
         });
     }
 
-    /// The primary told what is committed and archived. Ignored unless its epoch is the one promised.
+    /// The primary told what is committed and archived. Ignored unless its epoch is the one
+    /// promised.
     pub fn handle_progress(&mut self, epoch: Epoch, commit_lsn: Lsn, archive_lsn: Lsn) {
         if self.pending.is_none() && epoch == self.promised {
             self.hear_progress(commit_lsn, archive_lsn);

@@ -1,7 +1,7 @@
 //! The log under crashes, cut links and competing primaries, seed after seed.
 //!
-//! `DUROVFS_SEED=N` runs that one seed, `DUROVFS_SEED_COUNT=N` the first N. Every failure prints its
-//! seed.
+//! `DUROVFS_SEED=N` runs that one seed, `DUROVFS_SEED_COUNT=N` the first N. Every failure prints
+//! its seed.
 
 // Helpers outside of test functions may panic as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used)]

@@ -26,8 +26,8 @@ impl Primary {
         }
     }
 
-    /// Finds out anew what a replica has, and feeds it from there: for a driver whose feed cannot go
-    /// on (the entries were dropped), or when a troubled replica is to be tried again.
+    /// Finds out anew what a replica has, and feeds it from there: for a driver whose feed cannot
+    /// go on (the entries were dropped), or when a troubled replica is to be tried again.
     pub fn restart_feed(&mut self, node: &NodeName) {
         self.ask(node);
     }
@@ -169,7 +169,8 @@ impl Primary {
         generation: u32,
         flush_lsn: Lsn,
     ) -> Result<(), ProtocolViolation> {
-        // Only the current epoch is counted: an ack of an older one may be for an entry that was cut.
+        // Only the current epoch is counted: an ack of an older one may be for an entry that was
+        // cut.
         if epoch != self.epoch || generation != self.membership.generation {
             return Ok(());
         }
@@ -193,7 +194,8 @@ impl Primary {
         Ok(())
     }
 
-    /// Raises commit_lsn to what a quorum holds, and opens the log when that reaches the epoch start.
+    /// Raises commit_lsn to what a quorum holds, and opens the log when that reaches the epoch
+    /// start.
     fn count_acks(&mut self) {
         let start = match self.stage {
             Stage::Starting {

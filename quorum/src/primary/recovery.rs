@@ -1,5 +1,5 @@
-//! The choice of the log when a quorum has promised: the donor's, or, in a burial, the own one up to
-//! what is committed. Ends with the epoch start; what replicas are sent is in `feed.rs`.
+//! The choice of the log when a quorum has promised: the donor's, or, in a burial, the own one up
+//! to what is committed. Ends with the epoch start; what replicas are sent is in `feed.rs`.
 
 use super::{Primary, PrimaryEffect, Stage};
 use durovfs_wire::peer::Promise;
@@ -57,8 +57,8 @@ impl Primary {
             return;
         }
         if let Some(bury) = self.bury {
-            // Another claimant with a quorum shares a replica with this one; that replica would have
-            // promised the other epoch in between and would say so.
+            // Another claimant with a quorum shares a replica with this one; that replica would
+            // have promised the other epoch in between and would say so.
             let certain = counted.iter().all(|(_, promise)| {
                 promise.previous_promise == bury.own_epoch && promise.commit_lsn < bury.first_lsn
             });

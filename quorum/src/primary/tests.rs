@@ -126,7 +126,8 @@ fn append(primary: &mut Primary) -> LogPosition {
     position
 }
 
-// If this failed, a new database could not be opened, or would take commits before its epoch is held.
+// If this failed, a new database could not be opened, or would take commits before its epoch is
+// held.
 #[test]
 fn a_new_log_opens_when_a_quorum_holds_the_epoch_start() {
     let mut primary = primary(LocalLog::default());

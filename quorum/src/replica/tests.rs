@@ -360,8 +360,8 @@ fn parts_follow_each_other_and_a_new_first_part_begins_afresh() {
     assert_eq!(acked(&mut replica), Some((1, 2)));
 }
 
-// If this failed, a divergent tail would be acked as if it were the new primary's log: commits would
-// be told that no quorum holds.
+// If this failed, a divergent tail would be acked as if it were the new primary's log: commits
+// would be told that no quorum holds.
 #[test]
 fn a_tail_of_an_older_epoch_is_not_acked_before_it_is_compared() {
     let mut replica = holding(5);
@@ -435,8 +435,8 @@ fn what_is_committed_is_never_cut() {
     }
 }
 
-// If this failed, a replica that was away for long could never come back, or would lose entries that
-// are not in the archive.
+// If this failed, a replica that was away for long could never come back, or would lose entries
+// that are not in the archive.
 #[test]
 fn a_replica_jumps_forward_only_to_what_is_archived() {
     let mut replica = holding(3);

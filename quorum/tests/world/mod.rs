@@ -1,8 +1,8 @@
 //! A small world: five replicas, two hosts that both want to be primary, links that are cut, disks
 //! that lose what was not synced. All of it is drawn from one seed.
 //!
-//! Faults that a wrong implementation would have are made here, in the drivers, disks and links; the
-//! state machines run as they are.
+//! Faults that a wrong implementation would have are made here, in the drivers, disks and links;
+//! the state machines run as they are.
 
 pub mod checker;
 pub mod disk;
@@ -46,7 +46,8 @@ pub enum Fault {
     AckBeforeSync,
 }
 
-/// What happened, over all seeds: a simulation in which something never happens proves nothing of it.
+/// What happened, over all seeds: a simulation in which something never happens proves nothing of
+/// it.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Tally {
     pub committed: u64,
@@ -264,8 +265,8 @@ impl World {
         }
     }
 
-    /// All nodes and links come back and nothing fails any more: one host must open the log, commit,
-    /// and bring all five level.
+    /// All nodes and links come back and nothing fails any more: one host must open the log,
+    /// commit, and bring all five level.
     fn heal(&mut self) {
         for node in 0..REPLICA_COUNT {
             self.start_replica(node);
