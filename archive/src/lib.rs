@@ -19,6 +19,7 @@ pub mod snapshot;
 pub mod store;
 #[cfg(test)]
 mod testing;
+pub mod upkeep;
 pub mod uploader;
 pub mod when;
 

@@ -60,8 +60,8 @@ pub struct Uploaded {
 
 /// Builds a chunk of the entries whose parts `parts` gives, and uploads it.
 ///
-/// The parts must be those of whole committed entries in order, one or more, at most
-/// [`crate::chunk::MAX_ENTRIES`]. Building runs on the blocking pool; `scratch` is a folder for
+/// The parts must be those of whole committed entries in order, one or more. After
+/// [`crate::chunk::MAX_ENTRIES`] of them the chunk ends, which its range tells. Building runs on the blocking pool; `scratch` is a folder for
 /// temporary files, as large as the largest transaction.
 ///
 /// # Errors
@@ -101,6 +101,10 @@ pub fn build_chunk<E: Into<Box<dyn Error + Send + Sync>>>(
         let part = part.map_err(|error| UploadError::Log(error.into()))?;
         if let Some(entry) = normalizer.push(&part)? {
             writer.push(&entry)?;
+            // The rest is for the next chunk: the caller sees in the range where this one ends.
+            if writer.is_full() {
+                break;
+            }
         }
     }
     if normalizer.is_open() {

@@ -4,7 +4,9 @@ use super::format::{
     Footer, Header, MAX_BLOCK_RAW_BYTES, PAGE_NUMBER_BYTES, RECORD_BYTES, encode_block,
     encode_record,
 };
-use super::{ChunkError, ChunkKind, EntryFacts, EntryKind, LogIdentity, MAX_ENTRIES, Place};
+use super::{
+    ChunkError, ChunkKind, ChunkReader, EntryFacts, EntryKind, LogIdentity, MAX_ENTRIES, Place,
+};
 use crate::layout::{ChunkRange, SnapshotPoint};
 use crate::normalize::NormalizedEntry;
 use durovfs_wire::entry::TransactionSummary;
@@ -149,6 +151,24 @@ impl ChunkWriter {
             NormalizedEntry::Transaction(pages) => {
                 self.begin_transaction(pages.summary)?;
                 pages.for_each(|page_no, image| self.push_image(page_no, image))
+            }
+        }
+    }
+
+    /// Adds an entry of another chunk.
+    pub(crate) fn copy(
+        &mut self,
+        from: &mut ChunkReader,
+        facts: &EntryFacts,
+    ) -> Result<(), ChunkError> {
+        match facts.transaction() {
+            None => self.add(*facts),
+            Some(summary) => {
+                self.begin_transaction(summary)?;
+                let failed = |error| std::io::Error::other(error);
+                from.read_images(facts, |page_no, image| {
+                    self.push_image(page_no, image).map_err(failed)
+                })
             }
         }
     }

@@ -2,11 +2,11 @@
 
 use super::*;
 use crate::PutOutcome;
-use crate::snapshot;
 use crate::store::tests::stores;
 use crate::store::{Body, S3Options, open};
 use crate::testing::{Model, NAME, START_TIME, identity, seeded_rng};
 use crate::uploader::{UploadError, Uploaded, write_chunk};
+use crate::{snapshot, upkeep};
 use durovfs_wire::{Bookmark, Epoch, Lsn, Timestamp};
 use rand::RngExt;
 use std::convert::Infallible;
@@ -527,4 +527,112 @@ async fn a_store_that_fails_is_an_error_that_can_be_tried_again() {
     ));
     fs::remove_file(&blocked).unwrap();
     archive(&store, &model, 1, 1).await.unwrap();
+}
+
+async fn archive_each(store: &Arc<dyn Store>, model: &Model) {
+    for lsn in 1..=model.last_lsn() {
+        archive(store, model, lsn, lsn).await.unwrap();
+    }
+}
+
+// Broken: merging small chunks would lose commits, or make those between unreachable.
+#[tokio::test]
+async fn merged_chunks_restore_the_same_and_replace_the_small_ones() {
+    let mut rng = seeded_rng();
+    for test in stores() {
+        let store = &test.store;
+        let model = Model::random(&mut rng, 40);
+        archive_each(store, &model).await;
+        archive(store, &model, 3, 5).await.unwrap();
+        let listing = Listing::load(store.as_ref(), NAME).await.unwrap().remove(0);
+        assert_eq!(
+            upkeep::mergeable(&listing, model.times[10]),
+            None,
+            "too few to merge"
+        );
+        let mut large = listing.clone();
+        large.chunks[7].size = 5 << 20;
+        let run = upkeep::mergeable(&large, model.times[39]).unwrap();
+        assert_eq!(
+            run[0].range.first_lsn.get(),
+            8,
+            "a large chunk is left alone"
+        );
+        let run = upkeep::mergeable(&listing, model.times[30]).unwrap();
+        assert_eq!(run.last().unwrap().range.last_lsn.get(), 30);
+        let scratch = tempfile::tempdir().unwrap();
+        let merged = upkeep::merge(store, &listing, &run, scratch.path())
+            .await
+            .unwrap();
+        assert_eq!(
+            (merged.range.first_lsn.get(), merged.range.last_lsn.get()),
+            (1, 30)
+        );
+        let listing = Listing::load(store.as_ref(), NAME).await.unwrap().remove(0);
+        assert_eq!(listing.chunks.len(), 1 + 10);
+        assert_eq!(listing.archived_lsn().get(), model.last_lsn());
+        for lsn in 1..=model.last_lsn() {
+            check_restore(store, &model, When::Lsn(Lsn::new(lsn)), lsn).await;
+        }
+    }
+}
+
+// Broken: a damaged chunk would be merged, and the evidence deleted with it.
+#[tokio::test]
+async fn nothing_is_deleted_when_a_chunk_to_merge_is_damaged() {
+    let (folder, store, model) = small_archive().await;
+    let listing = Listing::load(store.as_ref(), NAME).await.unwrap().remove(0);
+    let chunk = &objects(folder.path())[2];
+    let good = fs::read(chunk).unwrap();
+    let mut bad = good.clone();
+    bad[good.len() / 3] ^= 1;
+    fs::write(chunk, bad).unwrap();
+    let scratch = tempfile::tempdir().unwrap();
+    assert!(
+        upkeep::merge(&store, &listing, &listing.chunks, scratch.path())
+            .await
+            .is_err()
+    );
+    fs::write(chunk, good).unwrap();
+    assert_eq!(
+        Listing::load(store.as_ref(), NAME).await.unwrap(),
+        [listing]
+    );
+    check_restore(&store, &model, When::Latest, 9).await;
+}
+
+// Broken: retention would take something that a moment within it needs.
+#[tokio::test]
+async fn what_expires_is_what_no_kept_moment_needs() {
+    let (_folder, store, model) = small_archive().await;
+    let scratch = tempfile::tempdir().unwrap();
+    let listing = Listing::load(store.as_ref(), NAME).await.unwrap().remove(0);
+    let last = model.times[8];
+    assert_eq!(
+        upkeep::expired(&listing, last),
+        Vec::<String>::new(),
+        "no snapshot to begin at"
+    );
+    for lsn in [2, 5, 8] {
+        snapshot::make(&store, &listing, Lsn::new(lsn), scratch.path())
+            .await
+            .unwrap();
+    }
+    let listing = Listing::load(store.as_ref(), NAME).await.unwrap().remove(0);
+    let keys = upkeep::expired(&listing, model.times[6]);
+    assert_eq!(
+        keys,
+        [
+            listing.snapshots[0].key.clone(),
+            listing.chunks[0].key.clone()
+        ]
+    );
+    // One by one, as if the process died after any of them.
+    for key in keys {
+        store.delete(&[key]).await.unwrap();
+        for lsn in 5..=9 {
+            check_restore(&store, &model, When::Lsn(Lsn::new(lsn)), lsn).await;
+        }
+        check_restore(&store, &model, When::Time(model.times[6]), 7).await;
+    }
 }
