@@ -266,3 +266,30 @@ fn after_a_failed_cut_nothing_builds_on_it() {
         (position(2, 5), Epoch::new(2))
     );
 }
+
+/// Broken if this fails: a database that changed hands often cannot be restated, or its history no
+/// longer reaches back to what is not archived.
+#[test]
+fn archived_history_is_bounded_and_the_rest_is_kept() {
+    let disk = MemoryDisk::default();
+    let journal = open(&disk);
+    write(&journal, vec![promise(1, 1)]).unwrap();
+    for epoch in 1..=300 {
+        let lsn = u64::from(epoch);
+        write(&journal, vec![start(1, epoch, lsn, None)]).unwrap();
+        write(&journal, vec![progress(1, lsn, lsn.min(200))]).unwrap();
+        // So that segments are begun, and states restated, in between.
+        if epoch % 10 == 0 {
+            write(&journal, vec![pages(1, epoch, lsn + 1, 0, vec![0; 9000])]).unwrap();
+        }
+    }
+    let state = journal.state(database(1)).unwrap();
+    let first = state.history[0].first_lsn.get();
+    assert!(
+        (100..=200).contains(&first),
+        "history begins at lsn {first}"
+    );
+    assert_eq!(state.history.len() as u64, 301 - first);
+    drop(journal);
+    assert_eq!(open(&disk).databases(), vec![state]);
+}

@@ -6,6 +6,8 @@ use crate::disk::{Disk, RealDisk};
 use crate::format::{RawRecord, SEGMENT_HEADER_BYTES, SegmentHeader};
 use crate::{Journal, JournalError, JournalOptions};
 use durovfs_wire::position::Lsn;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
 
 /// Starts and lengths of all records in a segment, with their sequences.
@@ -291,4 +293,42 @@ fn another_version_and_another_process_are_refused_by_name() {
         Err(JournalError::Locked { .. })
     ));
     drop(held);
+}
+
+/// Broken if this fails: a node whose disk returns garbage panics instead of saying so, or takes
+/// garbage for entries.
+#[test]
+fn garbage_anywhere_is_cut_or_reported_but_never_believed() {
+    let whole = three_batches();
+    let name = only_segment(&whole);
+    let seed = std::env::var("DUROVFS_SEED").map_or(7, |seed| seed.parse().unwrap());
+    println!("DUROVFS_SEED={seed}");
+    let mut draw = ChaCha8Rng::seed_from_u64(seed);
+    let (mut cut, mut reported) = (0, 0);
+    for _ in 0..400 {
+        let disk = whole.copy();
+        disk.edit(&name, |bytes| {
+            let at = draw.random_range(0..5400);
+            let length = draw.random_range(1..200);
+            draw.fill(&mut bytes[at..at + length]);
+        });
+        match try_open(&disk) {
+            Err(JournalError::Damaged { .. } | JournalError::UnsupportedVersion { .. }) => {
+                reported += 1;
+            }
+            Err(error) => panic!("{error}"),
+            Ok(journal) => {
+                let state = journal.state(database(1)).unwrap();
+                for entry in read(&journal, 1, 1, 9).iter().skip(1) {
+                    assert_eq!(entry.payload, vec![entry.header.lsn.get() as u8; 100]);
+                }
+                assert!(
+                    state.last.lsn >= Lsn::new(2),
+                    "synced entries are gone: {state:?}"
+                );
+                cut += 1;
+            }
+        }
+    }
+    assert!(cut > 20 && reported > 20, "{cut} cut, {reported} reported");
 }
