@@ -5,7 +5,7 @@
 
 use crate::client::Client;
 use crate::config::ClientConfig;
-use crate::{functions, log};
+use crate::{functions, log, replicas};
 use durovfs_vfs::ffi::EntryPoint;
 use durovfs_vfs::sink::Sink;
 use durovfs_vfs::{Api, ApiRoutines, Options, register};
@@ -103,7 +103,7 @@ pub(crate) unsafe fn load(db: *mut sqlite3, table: *const ApiRoutines) -> Result
     }
     if !db.is_null() {
         // SAFETY: SQLite is loading the extension into this connection, on this thread.
-        unsafe { functions::install(host, db) }.map_err(|e| format!("durovfs: {e}"))?;
+        unsafe { install(host, db) }.map_err(|e| format!("durovfs: {e}"))?;
         // SAFETY: as above.
         if let Some(reason) = unsafe { functions::opened_too_early(host, db) } {
             log::error(format_args!("{reason}"));
@@ -150,6 +150,18 @@ fn remember(api: Api, client: Arc<Client>) -> Result<&'static Host, String> {
     }))
 }
 
+/// Gives a connection all that SQL can ask of durovfs.
+///
+/// # Safety
+/// `db` is a connection of this host that this thread may use.
+unsafe fn install(host: &'static Host, db: *mut sqlite3) -> Result<(), String> {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        functions::install(host, db)?;
+        replicas::install(host, db)
+    }
+}
+
 /// SQLite calls this for each new connection.
 unsafe extern "C" fn on_connection(
     db: *mut sqlite3,
@@ -161,7 +173,7 @@ unsafe extern "C" fn on_connection(
         let api = unsafe { Api::new(table) };
         match api.as_ref().and_then(host_of) {
             // SAFETY: SQLite is opening this connection, on this thread.
-            Some(host) => unsafe { functions::install(host, db) },
+            Some(host) => unsafe { install(host, db) },
             None => Err("a connection of a SQLite that did not load durovfs".to_owned()),
         }
     });

@@ -6,6 +6,7 @@ pub mod config;
 mod functions;
 mod host;
 pub mod log;
+mod replicas;
 mod signals;
 pub mod status;
 

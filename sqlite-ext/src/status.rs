@@ -5,7 +5,7 @@ use crate::client::Client;
 use durovfs_vfs::FileStatus;
 use durovfs_vfs::sink::{SinkError, SinkErrorKind};
 use durovfs_wire::client::FailureKind;
-use durovfs_wire::status::{DatabaseStatus, Role};
+use durovfs_wire::status::{DatabaseStatus, ReplicaStatus, Role};
 use durovfs_wire::{Bookmark, Epoch, LogPosition, Lsn};
 use serde::Serialize;
 use std::time::{Duration, Instant};
@@ -150,6 +150,22 @@ fn version_warnings(version: &str, number: i32) -> Vec<String> {
         ));
     }
     warnings
+}
+
+/// The replicas of a database, as their primary sees them.
+///
+/// # Errors
+/// When the sidecar is not reached, or does not serve the database: one line.
+pub fn replicas(client: &Client, file: &FileStatus) -> Result<Vec<ReplicaStatus>, String> {
+    match client.database_status(&file.name, STATUS_TIMEOUT) {
+        Ok(Some(remote)) => Ok(remote.replicas),
+        Ok(None) => Err(format!(
+            "sidecar {} does not serve {}",
+            sidecar_of(client),
+            file.name
+        )),
+        Err(error) => Err(error.message),
+    }
 }
 
 /// The newest quorum-durable commit that the local file holds; none before the first.

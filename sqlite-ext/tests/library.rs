@@ -130,6 +130,24 @@ fn a_connection_that_was_open_before_the_load_is_told_that_it_is_not_protected()
 }
 
 #[test]
+fn the_table_of_replicas_is_there_and_says_why_it_has_no_rows() {
+    // Broken if not: an empty table looks like a cluster without replicas.
+    let directory = tempfile::tempdir().unwrap();
+    let config = configured(directory.path(), "");
+    let output = Command::new(SHELL)
+        .arg(":memory:")
+        .arg(format!(".load {}", library().display()))
+        .arg("SELECT count(*) FROM pragma_table_info('durovfs_replicas')")
+        .arg("SELECT node, ack_p99_us FROM durovfs_replicas ORDER BY node")
+        .env("DUROVFS_CONFIG", &config)
+        .output()
+        .unwrap();
+    let said = text(&output);
+    assert!(said.starts_with("8\n"), "{said}");
+    assert!(said.contains("the main database is not protected"), "{said}");
+}
+
+#[test]
 fn an_open_that_cannot_reach_its_sidecar_fails_and_says_why() {
     // Broken if not: a file is opened without protection, or nobody learns the reason.
     let directory = tempfile::tempdir().unwrap();

@@ -90,8 +90,12 @@ impl Shared {
         self.queued.notify_one();
     }
 
-    fn set_trouble(&self, trouble: Option<String>) {
-        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
+    /// True when it is another trouble than before.
+    fn set_trouble(&self, trouble: Option<String>) -> bool {
+        let mut held = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_new = *held != trouble;
+        *held = trouble;
+        is_new
     }
 }
 
@@ -193,13 +197,18 @@ impl Driver {
             "sidecar {} at {}: {error}",
             self.config.node, self.config.sidecar
         );
-        if matches!(error, LinkError::Refused(_) | LinkError::Protocol(_)) {
-            log::error(format_args!("{text}"));
-            self.shared.table().handle_refused(&text);
-        } else {
-            log::info(format_args!("{text}"));
+        let is_refused = matches!(error, LinkError::Refused(_) | LinkError::Protocol(_));
+        // Each try says the same: once is enough.
+        if self.shared.set_trouble(Some(text.clone())) {
+            if is_refused {
+                log::error(format_args!("{text}"));
+            } else {
+                log::info(format_args!("{text}"));
+            }
         }
-        self.shared.set_trouble(Some(text));
+        if is_refused {
+            self.shared.table().handle_refused(&text);
+        }
     }
 
     /// Takes commands while something else is waited for; none when there will be no more.
