@@ -408,7 +408,7 @@ fn start_writer(shared: &Arc<Shared>, found: Recovered) -> Result<Writer, Journa
     } = found;
     let mut synced_through = announced.min(next_sequence - 1);
     if shared.sync {
-        // What a killed process wrote may be in the cache only, and will be answered for as durable.
+        // What a killed process wrote may be in the cache only; it will be told to be durable.
         for segment in segments.values() {
             segment
                 .file

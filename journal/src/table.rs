@@ -206,7 +206,7 @@ impl Head {
             && ours != theirs
         {
             return Err(format!(
-                "the epoch start at {position} follows the transaction at {}, here is the one at {}",
+                "the epoch start at {position} follows the transaction at {}, not the one at {}",
                 theirs.position, ours.position
             ));
         }
