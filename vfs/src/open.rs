@@ -427,12 +427,25 @@ impl Opener<'_> {
         if let Some(known) = [of_log, marked].into_iter().flatten().find(fits) {
             return Ok(Some(known));
         }
-        // A crash of the machine may have kept the file and lost the mark's last changes.
+        // A crash of the machine may have kept the file and lost the mark's last changes; or the
+        // file is an older copy than the mark.
         let state = existing.map_or(MarkState::new(self.log.database), |(_, state)| *state);
+        let after_mark = state.last_lsn().next();
+        match self.search_log(&state, after_mark, &fits)? {
+            None if state.last.is_some() => self.search_log(&state, Lsn::new(1), &fits),
+            found => Ok(found),
+        }
+    }
+
+    fn search_log(
+        &self,
+        state: &MarkState,
+        first_lsn: Lsn,
+        fits: &dyn Fn(&KnownTransaction) -> bool,
+    ) -> Result<Option<KnownTransaction>, Refusal> {
         let mut found = None;
         let sink = self.surroundings.sink.as_ref();
-        let first_lsn = state.last_lsn().next();
-        read_transactions(sink, &state, first_lsn, self.path, &mut |tx| {
+        read_transactions(sink, state, first_lsn, self.path, &mut |tx| {
             let known = KnownTransaction {
                 position: tx.summary.position,
                 checksum: tx.summary.commit.checksum,

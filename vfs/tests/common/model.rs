@@ -46,6 +46,7 @@ pub struct ModelTransaction {
 pub struct Log {
     pub entries: Vec<ModelTransaction>,
     pub image: BTreeMap<u32, Vec<u8>>,
+    checksums: BTreeMap<u32, PageChecksum>,
     file_offset: u64,
 }
 
@@ -88,6 +89,11 @@ impl ModelSink {
     pub fn fault(&self, name: &str, faults: &[Fault]) {
         let mut state = self.state.lock().unwrap();
         state.faults.entry(id_of(name)).or_default().extend(faults);
+    }
+
+    /// Takes back what was queued and not used.
+    pub fn clear_faults(&self, name: &str) {
+        self.state.lock().unwrap().faults.remove(&id_of(name));
     }
 
     /// Whether opening fails, and resolving finds no quorum.
@@ -270,31 +276,30 @@ impl Log {
     }
 
     fn apply(&mut self, entry: &ModelTransaction) {
+        self.checksums = self.checksums_after(entry);
         if entry.commit.whole_image {
             self.image.clear();
         }
         self.image.extend(entry.pages.clone());
-        self.image
-            .retain(|page, _| *page <= entry.commit.page_count);
+        self.image.retain(|page, _| *page <= entry.commit.page_count);
+    }
+
+    fn checksums_after(&self, entry: &ModelTransaction) -> BTreeMap<u32, PageChecksum> {
+        let mut checksums = self.checksums.clone();
+        if entry.commit.whole_image {
+            checksums.clear();
+        }
+        let of = |page: &u32, image: &[u8]| PageChecksum::of(PageNo::new(*page).unwrap(), image);
+        checksums.extend(entry.pages.iter().map(|(page, image)| (*page, of(page, image))));
+        checksums.retain(|page, _| *page <= entry.commit.page_count);
+        checksums
     }
 
     /// The checksum that the shim computed must be that of the log's image after the entry.
     fn check(&self, entry: &ModelTransaction) {
-        let mut image = self.image.clone();
-        if entry.commit.whole_image {
-            image.clear();
-        }
-        image.extend(entry.pages.clone());
-        image.retain(|page, _| *page <= entry.commit.page_count);
         let mut checksum = DatabaseChecksum::EMPTY;
-        for (page, bytes) in &image {
-            checksum.toggle(PageChecksum::of(PageNo::new(*page).unwrap(), bytes));
-        }
-        assert_eq!(
-            checksum, entry.commit.checksum,
-            "checksum of lsn {}",
-            entry.lsn
-        );
+        self.checksums_after(entry).values().for_each(|page| checksum.toggle(*page));
+        assert_eq!(checksum, entry.commit.checksum, "checksum of lsn {}", entry.lsn);
     }
 }
 
