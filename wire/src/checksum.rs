@@ -99,7 +99,9 @@ mod tests {
         let first = PageNo::new(1).unwrap();
         let mut image: Vec<u8> = (0..1024u32).map(|i| i as u8).collect();
         let streamed = PageChecksum::of(first, &image);
-        VOLATILE_HEADER_RANGES.into_iter().for_each(|range| image[range].fill(0));
+        VOLATILE_HEADER_RANGES
+            .into_iter()
+            .for_each(|range| image[range].fill(0));
         assert_eq!(streamed.as_u64(), xxh3_64_with_seed(&image, 1));
     }
 

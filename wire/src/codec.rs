@@ -93,7 +93,11 @@ impl Frame {
         head.put_u32_le(crc.finalize());
         head.put_slice(&header_length);
         head.put_slice(&header);
-        Ok(Self { head: head.freeze(), header_start, payload })
+        Ok(Self {
+            head: head.freeze(),
+            header_start,
+            payload,
+        })
     }
 
     /// The message.
@@ -129,7 +133,11 @@ impl Frame {
 }
 
 fn check_limit(got: usize, limit: usize) -> Result<(), FrameError> {
-    if got > limit { Err(FrameError::LimitExceeded { limit, got }) } else { Ok(()) }
+    if got > limit {
+        Err(FrameError::LimitExceeded { limit, got })
+    } else {
+        Ok(())
+    }
 }
 
 /// Cuts a stream of bytes into frames. Holds at most one incomplete frame.
@@ -176,7 +184,11 @@ impl Decoder {
         }
         let header_start = PREFIX_BYTES + HEADER_LENGTH_BYTES;
         let payload = head.split_off(header_start + header);
-        Ok(Some(Frame { head, header_start, payload }))
+        Ok(Some(Frame {
+            head,
+            header_start,
+            payload,
+        }))
     }
 
     fn take_preamble(&mut self) -> Result<bool, FrameError> {
@@ -197,7 +209,12 @@ impl Decoder {
 }
 
 fn word_at(bytes: &[u8], offset: usize) -> u32 {
-    u32::from_le_bytes([bytes[offset], bytes[offset + 1], bytes[offset + 2], bytes[offset + 3]])
+    u32::from_le_bytes([
+        bytes[offset],
+        bytes[offset + 1],
+        bytes[offset + 2],
+        bytes[offset + 3],
+    ])
 }
 
 #[cfg(test)]
@@ -208,7 +225,10 @@ mod tests {
     fn stream_of(frames: &[Frame]) -> Vec<u8> {
         let mut stream = PREAMBLE.to_vec();
         for frame in frames {
-            frame.chunks().iter().for_each(|chunk| stream.extend_from_slice(chunk));
+            frame
+                .chunks()
+                .iter()
+                .for_each(|chunk| stream.extend_from_slice(chunk));
         }
         stream
     }
@@ -228,7 +248,10 @@ mod tests {
     fn another_version_is_refused_by_number() {
         let mut decoder = Decoder::default();
         decoder.push(b"DUROVFS\x09");
-        assert_eq!(decoder.next_frame(), Err(FrameError::UnsupportedVersion { got: 9 }));
+        assert_eq!(
+            decoder.next_frame(),
+            Err(FrameError::UnsupportedVersion { got: 9 })
+        );
         let mut decoder = Decoder::default();
         decoder.push(b"HTTP/1.1");
         assert_eq!(decoder.next_frame(), Err(FrameError::BadPreamble));
@@ -239,7 +262,10 @@ mod tests {
         let mut decoder = Decoder::default();
         decoder.push(&PREAMBLE);
         decoder.push(&[0xff; 12]);
-        assert!(matches!(decoder.next_frame(), Err(FrameError::LimitExceeded { .. })));
+        assert!(matches!(
+            decoder.next_frame(),
+            Err(FrameError::LimitExceeded { .. })
+        ));
     }
 
     proptest! {

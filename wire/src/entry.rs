@@ -128,9 +128,10 @@ impl PartHeader {
     /// The transaction's summary, if this part commits one.
     pub const fn transaction(&self) -> Option<TransactionSummary> {
         match self.kind {
-            PartKind::Commit(commit) => {
-                Some(TransactionSummary { position: self.position(), commit })
-            }
+            PartKind::Commit(commit) => Some(TransactionSummary {
+                position: self.position(),
+                commit,
+            }),
             PartKind::Pages { .. } | PartKind::EpochStart { .. } => None,
         }
     }
@@ -200,21 +201,30 @@ impl<'a> SlotPages<'a> {
     pub fn parse(payload: &'a [u8], page_size: Option<PageSize>) -> Result<Self, PayloadError> {
         let Some(page_size) = page_size else {
             return match payload.len() {
-                0 => Ok(Self { payload, slot_bytes: 1 }),
+                0 => Ok(Self {
+                    payload,
+                    slot_bytes: 1,
+                }),
                 got => Err(PayloadError::Unexpected(got)),
             };
         };
         let slot_bytes = SLOT_HEADER_BYTES + page_size.get();
         let got = payload.len();
-        if got % slot_bytes != 0 || got > MAX_PART_PAYLOAD_BYTES {
-            return Err(PayloadError::Length { got, slot: slot_bytes });
+        if !got.is_multiple_of(slot_bytes) || got > MAX_PART_PAYLOAD_BYTES {
+            return Err(PayloadError::Length {
+                got,
+                slot: slot_bytes,
+            });
         }
         for slot in payload.chunks_exact(slot_bytes) {
             if slot[4..8] == [0; 4] {
                 return Err(PayloadError::PageZero(le_word(slot)));
             }
         }
-        Ok(Self { payload, slot_bytes })
+        Ok(Self {
+            payload,
+            slot_bytes,
+        })
     }
 }
 
@@ -230,7 +240,11 @@ impl<'a> Iterator for SlotPages<'a> {
         // `parse` refused page number zero, so the conversion always succeeds.
         let page_no = PageNo::new(le_word(&head[4..]))?;
         self.payload = rest;
-        Some(SlotPage { slot: le_word(head), page_no, image: &head[SLOT_HEADER_BYTES..] })
+        Some(SlotPage {
+            slot: le_word(head),
+            page_no,
+            image: &head[SLOT_HEADER_BYTES..],
+        })
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
@@ -288,7 +302,9 @@ pub struct SlotIndex<T> {
 
 impl<T> Default for SlotIndex<T> {
     fn default() -> Self {
-        Self { slots: std::collections::BTreeMap::new() }
+        Self {
+            slots: std::collections::BTreeMap::new(),
+        }
     }
 }
 
@@ -301,7 +317,11 @@ impl<T: Copy> SlotIndex<T> {
     /// The images that count after a commit with this `slot_count`, by page.
     pub fn finish(self, slot_count: u32) -> std::collections::BTreeMap<PageNo, T> {
         // Ascending slots: a later one of the same page replaces the earlier.
-        self.slots.into_iter().take_while(|(slot, _)| *slot < slot_count).map(|(_, v)| v).collect()
+        self.slots
+            .into_iter()
+            .take_while(|(slot, _)| *slot < slot_count)
+            .map(|(_, v)| v)
+            .collect()
     }
 }
 
@@ -322,7 +342,10 @@ mod tests {
         let payload = builder.take();
         let slots: Vec<_> = SlotPages::parse(&payload, Some(size)).unwrap().collect();
         assert_eq!(slots.len(), 2);
-        assert_eq!((slots[1].slot, slots[1].page_no, slots[1].image[0]), (1, page(9), 2));
+        assert_eq!(
+            (slots[1].slot, slots[1].page_no, slots[1].image[0]),
+            (1, page(9), 2)
+        );
     }
 
     #[test]
@@ -333,7 +356,10 @@ mod tests {
             SlotPages::parse(&[0; 520], Some(size)).err(),
             Some(PayloadError::PageZero(0))
         );
-        assert_eq!(SlotPages::parse(&[0; 1], None).err(), Some(PayloadError::Unexpected(1)));
+        assert_eq!(
+            SlotPages::parse(&[0; 1], None).err(),
+            Some(PayloadError::Unexpected(1))
+        );
     }
 
     #[test]

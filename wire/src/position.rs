@@ -101,7 +101,10 @@ pub struct LogPosition {
 
 impl LogPosition {
     /// Before the first entry.
-    pub const ZERO: Self = Self { epoch: Epoch::ZERO, lsn: Lsn::ZERO };
+    pub const ZERO: Self = Self {
+        epoch: Epoch::ZERO,
+        lsn: Lsn::ZERO,
+    };
 
     /// The position made of both.
     pub const fn new(epoch: Epoch, lsn: Lsn) -> Self {
@@ -140,7 +143,10 @@ pub struct InvalidBookmark(String);
 
 impl From<LogPosition> for Bookmark {
     fn from(position: LogPosition) -> Self {
-        Self { lsn: position.lsn, epoch: position.epoch }
+        Self {
+            lsn: position.lsn,
+            epoch: position.epoch,
+        }
     }
 }
 
@@ -158,7 +164,9 @@ impl FromStr for Bookmark {
         let (lsn, epoch) = text.split_once('-').ok_or_else(invalid)?;
         let legal = |digits: &str, length: usize| {
             digits.len() == length
-                && digits.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+                && digits
+                    .bytes()
+                    .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
         };
         if !legal(lsn, 16) || !legal(epoch, 8) {
             return Err(invalid());
@@ -194,8 +202,14 @@ mod tests {
 
     #[test]
     fn bookmarks_sort_as_text_the_way_they_sort_as_positions() {
-        let low = Bookmark { lsn: Lsn::new(9), epoch: Epoch::new(300) };
-        let high = Bookmark { lsn: Lsn::new(16), epoch: Epoch::new(2) };
+        let low = Bookmark {
+            lsn: Lsn::new(9),
+            epoch: Epoch::new(300),
+        };
+        let high = Bookmark {
+            lsn: Lsn::new(16),
+            epoch: Epoch::new(2),
+        };
         assert!(low < high);
         assert!(low.to_string() < high.to_string());
         assert_eq!(high.to_string(), "0000000000000010-00000002");
@@ -204,7 +218,12 @@ mod tests {
 
     #[test]
     fn bookmarks_refuse_other_spellings() {
-        for bad in ["", "10-2", "0000000000000010-0000000A", "+000000000000010-00000002"] {
+        for bad in [
+            "",
+            "10-2",
+            "0000000000000010-0000000A",
+            "+000000000000010-00000002",
+        ] {
             assert!(bad.parse::<Bookmark>().is_err(), "{bad}");
         }
     }

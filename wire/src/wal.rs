@@ -110,7 +110,11 @@ impl WalChecksum {
         debug_assert_eq!(bytes.len() % 8, 0);
         let word = |bytes: &[u8]| {
             let bytes = [bytes[0], bytes[1], bytes[2], bytes[3]];
-            if big_endian { u32::from_be_bytes(bytes) } else { u32::from_le_bytes(bytes) }
+            if big_endian {
+                u32::from_be_bytes(bytes)
+            } else {
+                u32::from_le_bytes(bytes)
+            }
         };
         let Self(mut first, mut second) = self;
         for pair in bytes.chunks_exact(8) {
@@ -122,7 +126,12 @@ impl WalChecksum {
 }
 
 fn word_at(bytes: &[u8], offset: usize) -> u32 {
-    u32::from_be_bytes([bytes[offset], bytes[offset + 1], bytes[offset + 2], bytes[offset + 3]])
+    u32::from_be_bytes([
+        bytes[offset],
+        bytes[offset + 1],
+        bytes[offset + 2],
+        bytes[offset + 3],
+    ])
 }
 
 /// A valid WAL header.
@@ -164,8 +173,11 @@ impl WalHeader {
 
     /// Writes the header that [`Self::parse`] reads; `checksum` is computed, not taken from `self`.
     pub fn encode(&self) -> [u8; WAL_HEADER_BYTES] {
-        let magic =
-            if self.big_endian_checksums { MAGIC_BIG_ENDIAN } else { MAGIC_LITTLE_ENDIAN };
+        let magic = if self.big_endian_checksums {
+            MAGIC_BIG_ENDIAN
+        } else {
+            MAGIC_LITTLE_ENDIAN
+        };
         let mut bytes = [0u8; WAL_HEADER_BYTES];
         let words = [
             magic,
@@ -235,7 +247,9 @@ impl FrameHeader {
     /// The checksum that a valid frame with these first 8 header bytes and this page must carry.
     pub fn chain(&self, before: WalChecksum, big_endian: bool, image: &[u8]) -> WalChecksum {
         let head = self.encode();
-        before.update(big_endian, &head[..8]).update(big_endian, image)
+        before
+            .update(big_endian, &head[..8])
+            .update(big_endian, image)
     }
 }
 
@@ -255,7 +269,13 @@ mod tests {
         let mut bytes = header.encode();
         let parsed = WalHeader::parse(&bytes).unwrap();
         assert_eq!(parsed.salts, header.salts);
-        assert_eq!(WalHeader { checksum: WalChecksum::default(), ..parsed }, header);
+        assert_eq!(
+            WalHeader {
+                checksum: WalChecksum::default(),
+                ..parsed
+            },
+            header
+        );
         bytes[17] ^= 1;
         assert_eq!(WalHeader::parse(&bytes), None);
     }

@@ -17,7 +17,9 @@ impl Node {
         let answer = |bookmark| {
             outbox.answer(&SidecarMessage::FoundBookmark { request, bookmark });
         };
-        let Some(db) = self.primaries.get(&database) else { return };
+        let Some(db) = self.primaries.get(&database) else {
+            return;
+        };
         let when = match When::parse(when, Timestamp::from_micros(now_micros())) {
             Ok(when) => when,
             Err(error) => return answer(Err(error.to_string())),
@@ -25,9 +27,13 @@ impl Node {
         let state = self.primary_journal.state(database);
         let held = state.map_or_else(Vec::new, |state| {
             let last_lsn = db.machine.commit_lsn();
-            self.primary_journal.transactions(database, state.first_lsn, last_lsn)
+            self.primary_journal
+                .transactions(database, state.first_lsn, last_lsn)
         });
-        let found = held.iter().rev().find(|summary| is_at_or_before(summary, when));
+        let found = held
+            .iter()
+            .rev()
+            .find(|summary| is_at_or_before(summary, when));
         // The first one held may not be the last one before the moment only if it is after it.
         if let Some(summary) = found {
             return answer(Ok(summary.position));

@@ -57,7 +57,14 @@ pub fn spawn_feed(job: BulkFeed, journal: &Journal, link: Rc<Connection>, events
     tokio::task::spawn_local(async move {
         let (database, node, feed) = (job.database, job.node.clone(), job.feed);
         let result = feed_entries(job, parts, &link, &events).await;
-        events.send(Event::BulkSent { database, node, feed, result }).await;
+        events
+            .send(Event::BulkSent {
+                database,
+                node,
+                feed,
+                result,
+            })
+            .await;
     });
 }
 
@@ -67,7 +74,10 @@ async fn feed_entries(
     link: &Connection,
     events: &EventSender,
 ) -> Result<LogPosition, String> {
-    let (mut sender, _receiver) = link.open_stream().await.map_err(|error| error.to_string())?;
+    let (mut sender, _receiver) = link
+        .open_stream()
+        .await
+        .map_err(|error| error.to_string())?;
     let mut previous = job.previous;
     let mut told = Instant::now();
     while let Some(part) = parts.recv().await {
@@ -82,19 +92,31 @@ async fn feed_entries(
             part: header,
         };
         let frame = Frame::encode(&message, part.payload).map_err(|error| error.to_string())?;
-        sender.send(&[frame]).await.map_err(|error| error.to_string())?;
+        sender
+            .send(&[frame])
+            .await
+            .map_err(|error| error.to_string())?;
         if header.is_last() {
             previous = header.position();
         }
         if told.elapsed() >= PROGRESS_INTERVAL {
             told = Instant::now();
             let (database, node, feed) = (job.database, job.node.clone(), job.feed);
-            events.send(Event::BulkProgress { database, node, feed }).await;
+            events
+                .send(Event::BulkProgress {
+                    database,
+                    node,
+                    feed,
+                })
+                .await;
         }
     }
     sender.finish();
     if previous.lsn != job.last_lsn {
-        return Err(format!("the journal ended at {previous}, not at lsn {}", job.last_lsn));
+        return Err(format!(
+            "the journal ended at {previous}, not at lsn {}",
+            job.last_lsn
+        ));
     }
     Ok(previous)
 }
@@ -151,32 +173,50 @@ pub struct FetchJob {
 pub fn spawn_fetch(job: FetchJob, journal: Journal, link: Rc<Connection>, events: EventSender) {
     tokio::task::spawn_local(async move {
         let result = fetch_entries(&job, &journal, &link).await;
-        let FetchJob { database, epoch, donor, .. } = job;
-        events.send(Event::Fetched { database, epoch, donor, result }).await;
+        let FetchJob {
+            database,
+            epoch,
+            donor,
+            ..
+        } = job;
+        events
+            .send(Event::Fetched {
+                database,
+                epoch,
+                donor,
+                result,
+            })
+            .await;
     });
 }
 
-async fn fetch_entries(
-    job: &FetchJob,
-    journal: &Journal,
-    link: &Connection,
-) -> Result<(), String> {
-    let (mut sender, mut receiver) =
-        link.open_stream().await.map_err(|error| error.to_string())?;
+async fn fetch_entries(job: &FetchJob, journal: &Journal, link: &Connection) -> Result<(), String> {
+    let (mut sender, mut receiver) = link
+        .open_stream()
+        .await
+        .map_err(|error| error.to_string())?;
     let question = PrimaryMessage::Fetch {
         database: job.database,
         epoch: job.epoch,
         first_lsn: job.first_lsn,
         last_lsn: job.last.lsn,
     };
-    let frame =
-        Frame::encode(&question, bytes::Bytes::new()).map_err(|error| error.to_string())?;
-    sender.send(&[frame]).await.map_err(|error| error.to_string())?;
+    let frame = Frame::encode(&question, bytes::Bytes::new()).map_err(|error| error.to_string())?;
+    sender
+        .send(&[frame])
+        .await
+        .map_err(|error| error.to_string())?;
     let mut last = LogPosition::ZERO;
     while let Some(frame) = receiver.recv().await.map_err(|error| error.to_string())? {
-        match frame.message::<ReplicaMessage>().map_err(|error| error.to_string())? {
+        match frame
+            .message::<ReplicaMessage>()
+            .map_err(|error| error.to_string())?
+        {
             ReplicaMessage::FetchedPart { part } => {
-                let entry = EntryPart { header: part, payload: frame.payload().clone() };
+                let entry = EntryPart {
+                    header: part,
+                    payload: frame.payload().clone(),
+                };
                 entry.slots().map_err(|error| error.to_string())?;
                 write_part(journal, entry).await?;
                 if part.is_last() {
@@ -186,7 +226,10 @@ async fn fetch_entries(
             ReplicaMessage::FetchEnd { error: Some(error) } => return Err(error),
             ReplicaMessage::FetchEnd { error: None } if last == job.last => return Ok(()),
             ReplicaMessage::FetchEnd { error: None } => {
-                return Err(format!("the donor sent up to {last}, promised was {}", job.last));
+                return Err(format!(
+                    "the donor sent up to {last}, promised was {}",
+                    job.last
+                ));
             }
             ReplicaMessage::Rejected { reason, .. } => return Err(format!("{reason:?}")),
             other => return Err(format!("unexpected answer to a fetch: {other:?}")),

@@ -36,9 +36,17 @@ pub enum Event {
         outbox: Outbox,
     },
     /// It is gone, or could not be made.
-    PeerLost { node: NodeName, session: SessionId, error: String },
+    PeerLost {
+        node: NodeName,
+        session: SessionId,
+        error: String,
+    },
     /// A replica says something.
-    FromReplica { node: NodeName, session: SessionId, message: ReplicaMessage },
+    FromReplica {
+        node: NodeName,
+        session: SessionId,
+        message: ReplicaMessage,
+    },
     /// A node that is primary of something says something.
     FromPrimary {
         node: NodeName,
@@ -65,15 +73,35 @@ pub enum Event {
     /// A client's connection is gone.
     ClientLost { session: SessionId },
     /// The entries that recovery needed are in our own journal, or could not be had.
-    Fetched { database: DatabaseId, epoch: Epoch, donor: NodeName, result: Result<(), String> },
+    Fetched {
+        database: DatabaseId,
+        epoch: Epoch,
+        donor: NodeName,
+        result: Result<(), String>,
+    },
     /// A bulk feed has sent its range.
-    BulkSent { database: DatabaseId, node: NodeName, feed: u64, result: Result<LogPosition, String> },
+    BulkSent {
+        database: DatabaseId,
+        node: NodeName,
+        feed: u64,
+        result: Result<LogPosition, String>,
+    },
     /// A bulk feed has moved on within a large entry.
-    BulkProgress { database: DatabaseId, feed: u64, node: NodeName },
+    BulkProgress {
+        database: DatabaseId,
+        feed: u64,
+        node: NodeName,
+    },
     /// An upload has ended.
-    Uploaded { database: DatabaseId, result: Result<super::uploader::Uploaded, String> },
+    Uploaded {
+        database: DatabaseId,
+        result: Result<super::uploader::Uploaded, String>,
+    },
     /// A snapshot has been made, or not.
-    SnapshotMade { database: DatabaseId, result: Result<Option<Lsn>, String> },
+    SnapshotMade {
+        database: DatabaseId,
+        result: Result<Option<Lsn>, String>,
+    },
 }
 
 /// What the journals' writer threads report.
@@ -94,9 +122,17 @@ pub enum JournalEvent {
         result: Result<(), JournalError>,
     },
     /// A promise is on our disk.
-    PromisePersisted { database: DatabaseId, token: u64, result: Result<(), JournalError> },
+    PromisePersisted {
+        database: DatabaseId,
+        token: u64,
+        result: Result<(), JournalError>,
+    },
     /// What may be dropped is on our disk.
-    ProgressPersisted { database: DatabaseId, drop_through: Lsn, result: Result<(), JournalError> },
+    ProgressPersisted {
+        database: DatabaseId,
+        drop_through: Lsn,
+        result: Result<(), JournalError>,
+    },
 }
 
 /// How tasks hand events to the actor.

@@ -117,7 +117,9 @@ impl Feed {
 impl Node {
     /// Sends an entry that was just appended to all level replicas.
     pub fn push_level(&mut self, database: DatabaseId, position: LogPosition, frame: &Frame) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         let now = Instant::now();
         for (node, feed) in &mut db.feeds {
             let level = feed.state == FeedState::Ready && feed.next_lsn == position.lsn;
@@ -133,22 +135,32 @@ impl Node {
 
     /// Sends what a replica lacks, as far as our own journal has it.
     pub fn pump_feed(&mut self, database: DatabaseId, node: &NodeName) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         let last_lsn = db.written_lsn.min(db.machine.last().lsn);
         let generation = db.generation();
-        let Some(feed) = db.feeds.get_mut(node) else { return };
+        let Some(feed) = db.feeds.get_mut(node) else {
+            return;
+        };
         if feed.state != FeedState::Ready || feed.next_lsn > last_lsn {
             return;
         }
-        let Some(link) = self.peers.get(node).and_then(|peer| peer.link.as_ref()) else { return };
+        let Some(link) = self.peers.get(node).and_then(|peer| peer.link.as_ref()) else {
+            return;
+        };
         let entries = last_lsn.get() - feed.next_lsn.get() + 1;
-        let bytes = self.primary_journal.entry_bytes(database, feed.next_lsn, last_lsn);
+        let bytes = self
+            .primary_journal
+            .entry_bytes(database, feed.next_lsn, last_lsn);
         if entries <= INLINE_ENTRIES && bytes <= INLINE_BYTES {
             self.pump_inline(database, node, last_lsn);
             return;
         }
         self.next_feed += 1;
-        feed.state = FeedState::Bulk { feed: self.next_feed };
+        feed.state = FeedState::Bulk {
+            feed: self.next_feed,
+        };
         let job = BulkFeed {
             database,
             node: node.clone(),
@@ -169,10 +181,16 @@ impl Node {
     }
 
     fn pump_inline(&mut self, database: DatabaseId, node: &NodeName, last_lsn: Lsn) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         let generation = db.generation();
-        let Some(feed) = db.feeds.get_mut(node) else { return };
-        let Some(link) = self.peers.get(node).and_then(|peer| peer.link.as_ref()) else { return };
+        let Some(feed) = db.feeds.get_mut(node) else {
+            return;
+        };
+        let Some(link) = self.peers.get(node).and_then(|peer| peer.link.as_ref()) else {
+            return;
+        };
         let result = self
             .primary_journal
             .parts(database, feed.next_lsn, last_lsn)
@@ -188,8 +206,8 @@ impl Node {
                         archive_lsn: db.machine.archive_lsn(),
                         part: part.header,
                     };
-                    let frame = Frame::encode(&message, part.payload)
-                        .map_err(|error| error.to_string())?;
+                    let frame =
+                        Frame::encode(&message, part.payload).map_err(|error| error.to_string())?;
                     match link.outbox.push(frame) {
                         Ok(()) => {}
                         // Part 0 goes again when there is room; the replica takes that well.
@@ -204,7 +222,10 @@ impl Node {
             });
         if let Err(reason) = result {
             tracing::error!(name = %db.name, %node, %reason, "feed stopped");
-            feed.state = FeedState::Refusing { since: Instant::now(), reason };
+            feed.state = FeedState::Refusing {
+                since: Instant::now(),
+                reason,
+            };
         }
     }
 
@@ -216,9 +237,13 @@ impl Node {
         feed_id: u64,
         result: Result<LogPosition, String>,
     ) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         let flush_lsn = db.flush_lsn(node);
-        let Some(feed) = db.feeds.get_mut(node) else { return };
+        let Some(feed) = db.feeds.get_mut(node) else {
+            return;
+        };
         if feed.state != (FeedState::Bulk { feed: feed_id }) {
             return; // restarted since
         }
@@ -232,14 +257,19 @@ impl Node {
             }
             Err(reason) => {
                 tracing::warn!(name = %db.name, %node, %reason, "catching up stopped");
-                feed.state = FeedState::Refusing { since: Instant::now(), reason };
+                feed.state = FeedState::Refusing {
+                    since: Instant::now(),
+                    reason,
+                };
             }
         }
     }
 
     /// Tries feeds again that were refused a while ago, and moves those that found a queue full.
     pub fn tick_feeds(&mut self, database: DatabaseId, now: Instant) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         let mut again = Vec::new();
         for (node, feed) in &db.feeds {
             match &feed.state {
@@ -255,7 +285,12 @@ impl Node {
             }
         }
         for (node, refused) in again {
-            if refused && self.peers.get(&node).is_some_and(|peer| peer.link.is_some()) {
+            if refused
+                && self
+                    .peers
+                    .get(&node)
+                    .is_some_and(|peer| peer.link.is_some())
+            {
                 // It is asked again what it has, and fed from there.
                 if let Some(db) = self.primaries.get_mut(&database) {
                     if let Some(feed) = db.feeds.get_mut(&node) {

@@ -46,7 +46,9 @@ const TICK: Duration = Duration::from_millis(50);
 /// When the configuration cannot be carried out (files, certificates, address, journal), or the
 /// open chunk could not be uploaded at the end.
 pub async fn run(config: SidecarConfig) -> anyhow::Result<()> {
-    tokio::task::LocalSet::new().run_until(run_local(config)).await
+    tokio::task::LocalSet::new()
+        .run_until(run_local(config))
+        .await
 }
 
 async fn run_local(config: SidecarConfig) -> anyhow::Result<()> {
@@ -89,7 +91,9 @@ async fn run_local(config: SidecarConfig) -> anyhow::Result<()> {
             _ = ticker.tick() => node.handle_tick(),
             () = &mut stop, if !node.is_stopping() => node.begin_stop(),
         }
-        journal_batch.drain(..).for_each(|event| node.handle_journal_event(event));
+        journal_batch
+            .drain(..)
+            .for_each(|event| node.handle_journal_event(event));
         batch.drain(..).for_each(|event| node.handle_event(event));
         if node.is_stopped() {
             break;
@@ -97,7 +101,11 @@ async fn run_local(config: SidecarConfig) -> anyhow::Result<()> {
     }
     let unfinished = node.finish();
     endpoint.close("the sidecar stops");
-    anyhow::ensure!(unfinished.is_empty(), "stopped, but {}", unfinished.join("; "));
+    anyhow::ensure!(
+        unfinished.is_empty(),
+        "stopped, but {}",
+        unfinished.join("; ")
+    );
     Ok(())
 }
 
@@ -127,7 +135,9 @@ fn create_private_directory(directory: &Path) -> anyhow::Result<()> {
 }
 
 fn open_store(config: &SidecarConfig) -> anyhow::Result<Option<Arc<dyn Store>>> {
-    let Some(archive) = &config.archive else { return Ok(None) };
+    let Some(archive) = &config.archive else {
+        return Ok(None);
+    };
     let store = durovfs_archive::store::open(&archive.url, &durovfs_archive::S3Options::default())
         .with_context(|| format!("open the archive {}", archive.url))?;
     Ok(Some(store))

@@ -101,7 +101,8 @@ impl Node {
     /// Takes up the databases that the journals hold.
     pub fn resume(&mut self, primaries: Vec<DatabaseState>, replicas: Vec<DatabaseState>) {
         for state in replicas {
-            self.replicas.insert(state.database, ReplicaDatabase::from_journal(&state));
+            self.replicas
+                .insert(state.database, ReplicaDatabase::from_journal(&state));
         }
         for state in primaries {
             let db = PrimaryDatabase::new(
@@ -130,7 +131,9 @@ impl Node {
     /// Begins to claim a database.
     pub fn start_primary(&mut self, database: DatabaseId) {
         self.connect_replicas();
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         db.claimant = new_claimant();
         db.machine.start_claim(db.claimant);
         for (node, peer) in &self.peers {
@@ -153,37 +156,86 @@ impl Node {
     /// Something happened.
     pub fn handle_event(&mut self, event: Event) {
         match event {
-            Event::PeerConnected { node, session, connection, outbox } => {
+            Event::PeerConnected {
+                node,
+                session,
+                connection,
+                outbox,
+            } => {
                 if let Some(peer) = self.peers.get_mut(&node) {
                     tracing::info!(%node, "connected to a replica's node");
                     peer.connected(session, connection, outbox);
                     self.handle_peer_connected(&node);
                 }
             }
-            Event::PeerLost { node, session, error } => {
+            Event::PeerLost {
+                node,
+                session,
+                error,
+            } => {
                 self.handle_peer_lost(&node, session, error);
             }
-            Event::FromReplica { node, session, message } => {
+            Event::FromReplica {
+                node,
+                session,
+                message,
+            } => {
                 self.handle_from_replica(&node, session, message);
             }
-            Event::FromPrimary { node, session, shared, outbox, message, payload, permit } => {
+            Event::FromPrimary {
+                node,
+                session,
+                shared,
+                outbox,
+                message,
+                payload,
+                permit,
+            } => {
                 let heard = Instant::now();
-                self.inbound.insert(node.clone(), Inbound { session, shared, heard });
+                self.inbound.insert(
+                    node.clone(),
+                    Inbound {
+                        session,
+                        shared,
+                        heard,
+                    },
+                );
                 self.handle_from_primary(&node, &outbox, message, payload, permit);
             }
             Event::PrimaryLost { node, session } => self.primary_lost(&node, session),
-            Event::FromClient { session, grant, outbox, message, payload, permit } => {
+            Event::FromClient {
+                session,
+                grant,
+                outbox,
+                message,
+                payload,
+                permit,
+            } => {
                 self.handle_from_client(session, &grant, &outbox, message, (payload, permit));
             }
             Event::ClientLost { session } => tracing::debug!(?session, "a client is gone"),
-            Event::Fetched { database, epoch, donor, result } => {
+            Event::Fetched {
+                database,
+                epoch,
+                donor,
+                result,
+            } => {
                 self.handle_fetched(database, epoch, &donor, result);
                 self.drive_primary(database);
             }
-            Event::BulkSent { database, node, feed, result } => {
+            Event::BulkSent {
+                database,
+                node,
+                feed,
+                result,
+            } => {
                 self.handle_bulk_sent(database, &node, feed, result);
             }
-            Event::BulkProgress { database, feed, node } => {
+            Event::BulkProgress {
+                database,
+                feed,
+                node,
+            } => {
                 self.handle_bulk_progress(database, &node, feed);
             }
             Event::Uploaded { database, result } => self.handle_uploaded(database, result),
@@ -194,7 +246,11 @@ impl Node {
     }
 
     fn primary_lost(&mut self, node: &NodeName, session: SessionId) {
-        if self.inbound.get(node).is_some_and(|inbound| inbound.session == session) {
+        if self
+            .inbound
+            .get(node)
+            .is_some_and(|inbound| inbound.session == session)
+        {
             self.inbound.remove(node);
         }
     }
@@ -202,16 +258,35 @@ impl Node {
     /// A journal's writer thread has done something.
     pub fn handle_journal_event(&mut self, event: JournalEvent) {
         match event {
-            JournalEvent::OwnWritten { database, position, complete, result } => {
+            JournalEvent::OwnWritten {
+                database,
+                position,
+                complete,
+                result,
+            } => {
                 self.handle_own_written(database, position, complete, result);
             }
-            JournalEvent::PartPersisted { database, position, epoch, complete, result } => {
+            JournalEvent::PartPersisted {
+                database,
+                position,
+                epoch,
+                complete,
+                result,
+            } => {
                 self.handle_part_persisted(database, position, epoch, complete, result);
             }
-            JournalEvent::PromisePersisted { database, token, result } => {
+            JournalEvent::PromisePersisted {
+                database,
+                token,
+                result,
+            } => {
                 self.handle_promise_persisted(database, token, result);
             }
-            JournalEvent::ProgressPersisted { database, drop_through, result } => match result {
+            JournalEvent::ProgressPersisted {
+                database,
+                drop_through,
+                result,
+            } => match result {
                 Ok(()) => self.replica_journal.drop_through(database, drop_through),
                 Err(error) => tracing::warn!(%database, %error, "nothing was dropped"),
             },
@@ -221,17 +296,25 @@ impl Node {
     /// A large entry moves: whoever waits for it waits on.
     fn handle_bulk_progress(&mut self, database: DatabaseId, node: &NodeName, feed: u64) {
         use super::feed::FeedState;
-        let Some(db) = self.primaries.get_mut(&database) else { return };
-        if db.feeds.get(node).is_none_or(|known| known.state != (FeedState::Bulk { feed })) {
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
+        if db
+            .feeds
+            .get(node)
+            .is_none_or(|known| known.state != (FeedState::Bulk { feed }))
+        {
             return;
         }
         if let Some(pending) = &mut db.pending {
             pending.moved_at = Instant::now();
             for waiter in &pending.waiters {
-                waiter.outbox.answer(&durovfs_wire::client::SidecarMessage::Progress {
-                    database,
-                    sequence: waiter.sequence,
-                });
+                waiter
+                    .outbox
+                    .answer(&durovfs_wire::client::SidecarMessage::Progress {
+                        database,
+                        sequence: waiter.sequence,
+                    });
             }
         }
     }
@@ -267,9 +350,13 @@ impl Node {
 
     /// Whether there is nothing left to wait for, or no time.
     pub fn is_stopped(&self) -> bool {
-        let Some(since) = self.stopping_since else { return false };
+        let Some(since) = self.stopping_since else {
+            return false;
+        };
         let busy = self.primaries.values().any(|db| {
-            db.pending.as_ref().is_some_and(|pending| !pending.waiters.is_empty())
+            db.pending
+                .as_ref()
+                .is_some_and(|pending| !pending.waiters.is_empty())
                 || (self.store.is_some() && db.has_unarchived())
         });
         !busy || since.elapsed() > STOP_LIMIT

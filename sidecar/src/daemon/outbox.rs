@@ -57,7 +57,11 @@ impl Outbox {
             // The reader of a stream that ends without notice waits for the idle timeout.
             sender.finish();
         });
-        Self { frames, queued_bytes, written }
+        Self {
+            frames,
+            queued_bytes,
+            written,
+        }
     }
 
     /// Queues an encoded frame.

@@ -48,7 +48,13 @@ pub struct PeerLink {
 impl Peer {
     /// A node that was not needed yet.
     pub fn new(address: String) -> Self {
-        Self { address, link: None, last_error: None, trouble: None, connecting: false }
+        Self {
+            address,
+            link: None,
+            last_error: None,
+            trouble: None,
+            connecting: false,
+        }
     }
 
     /// Starts connecting, if that has not been done, and keeps connected from then on.
@@ -114,7 +120,9 @@ impl PeerLink {
         self.ping_sequence += 1;
         self.unanswered_since.get_or_insert(now);
         // A queue that is full holds older questions already.
-        let _ = self.outbox.send(&PrimaryMessage::Ping { sequence: self.ping_sequence });
+        let _ = self.outbox.send(&PrimaryMessage::Ping {
+            sequence: self.ping_sequence,
+        });
     }
 
     /// Any message is a sign of life: what was asked before it counts as answered.
@@ -123,7 +131,8 @@ impl PeerLink {
     }
 
     fn is_silent(&self, now: Instant) -> bool {
-        self.unanswered_since.is_some_and(|since| now.duration_since(since) > SILENCE_LIMIT)
+        self.unanswered_since
+            .is_some_and(|since| now.duration_since(since) > SILENCE_LIMIT)
     }
 }
 
@@ -158,7 +167,14 @@ async fn keep_connected(
                 error
             }
         };
-        if !events.send(Event::PeerLost { node: node.clone(), session, error }).await {
+        if !events
+            .send(Event::PeerLost {
+                node: node.clone(),
+                session,
+                error,
+            })
+            .await
+        {
             return;
         }
         tokio::time::sleep(pause).await;
@@ -176,10 +192,14 @@ async fn connect(
         .map_err(|error| format!("look up {address}: {error}"))?
         .next()
         .ok_or_else(|| format!("look up {address}: no address"))?;
-    let connection =
-        endpoint.connect(resolved, node).await.map_err(|error| error.to_string())?;
-    let (sender, receiver) =
-        connection.open_stream().await.map_err(|error| error.to_string())?;
+    let connection = endpoint
+        .connect(resolved, node)
+        .await
+        .map_err(|error| error.to_string())?;
+    let (sender, receiver) = connection
+        .open_stream()
+        .await
+        .map_err(|error| error.to_string())?;
     Ok((connection, Outbox::spawn(sender), receiver))
 }
 
@@ -193,7 +213,11 @@ async fn read_replies(
     while receiver.recv_many(&mut frames).await? {
         for frame in frames.drain(..) {
             let message: ReplicaMessage = frame.message()?;
-            let event = Event::FromReplica { node: node.clone(), session, message };
+            let event = Event::FromReplica {
+                node: node.clone(),
+                session,
+                message,
+            };
             if !events.send(event).await {
                 return Ok(());
             }

@@ -12,8 +12,8 @@ use durovfs_wire::client::{CommitOutcome, SidecarMessage};
 use durovfs_wire::entry::{CommitHeader, Origin, TransactionSummary};
 use durovfs_wire::peer::PrimaryMessage;
 use durovfs_wire::{
-    ClaimantId, ClientId, DatabaseId, EntryPart, Epoch, Frame, LogPosition, Lsn, NodeName, PageSize,
-    PartHeader, PartKind, Timestamp,
+    ClaimantId, ClientId, DatabaseId, EntryPart, Epoch, Frame, LogPosition, Lsn, NodeName,
+    PageSize, PartHeader, PartKind, Timestamp,
 };
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -110,7 +110,11 @@ pub enum Want {
     /// Answer to `Open`.
     Open { request: u64 },
     /// Answer to `Resolve`.
-    Resolve { request: u64, origin: Origin, base_lsn: Lsn },
+    Resolve {
+        request: u64,
+        origin: Origin,
+        base_lsn: Lsn,
+    },
 }
 
 impl PrimaryDatabase {
@@ -130,7 +134,11 @@ impl PrimaryDatabase {
             promised: state.promised,
         });
         let written_lsn = local.last.lsn;
-        let feeds = membership.nodes.iter().map(|node| (node.clone(), Feed::stopped())).collect();
+        let feeds = membership
+            .nodes
+            .iter()
+            .map(|node| (node.clone(), Feed::stopped()))
+            .collect();
         let mut machine = Primary::new(database, name.clone(), membership, local);
         machine.handle_retained(state.map_or(Lsn::ZERO.next(), |state| state.first_lsn));
         Self {
@@ -169,7 +177,9 @@ impl PrimaryDatabase {
 
     /// The last entry that a replica acked in this epoch.
     pub fn flush_lsn(&self, node: &NodeName) -> Lsn {
-        self.machine.node_progress(node).map_or(Lsn::ZERO, |progress| progress.flush_lsn)
+        self.machine
+            .node_progress(node)
+            .map_or(Lsn::ZERO, |progress| progress.flush_lsn)
     }
 
     /// The generation that every message names.
@@ -179,16 +189,13 @@ impl PrimaryDatabase {
 
     /// Position of the last committed transaction; zero if there is none.
     pub fn last_transaction_lsn(&self) -> Lsn {
-        self.last_transaction.map_or(Lsn::ZERO, |summary| summary.position.lsn)
+        self.last_transaction
+            .map_or(Lsn::ZERO, |summary| summary.position.lsn)
     }
 }
 
 /// What a commit answers with when its outcome is certain.
-pub fn answer_commit(
-    database: DatabaseId,
-    waiters: Vec<CommitWaiter>,
-    outcome: &CommitOutcome,
-) {
+pub fn answer_commit(database: DatabaseId, waiters: Vec<CommitWaiter>, outcome: &CommitOutcome) {
     for waiter in waiters {
         waiter.outbox.answer(&SidecarMessage::Outcome {
             database,
@@ -220,8 +227,13 @@ impl Node {
         payload: Bytes,
         permit: Permit,
     ) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
-        let Some(lsn) = db.machine.next_lsn().filter(|_| db.is_open() && db.pending.is_none())
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
+        let Some(lsn) = db
+            .machine
+            .next_lsn()
+            .filter(|_| db.is_open() && db.pending.is_none())
         else {
             db.streamed = None; // its commit will be refused: parts are missing
             return;
@@ -237,14 +249,25 @@ impl Node {
             _ => 0,
         };
         let kind = PartKind::Pages { page_size };
-        let header = PartHeader { database, epoch: position.epoch, lsn, part, kind };
+        let header = PartHeader {
+            database,
+            epoch: position.epoch,
+            lsn,
+            part,
+            kind,
+        };
         let entry = EntryPart { header, payload };
         if let Err(error) = entry.slots() {
             tracing::error!(name = %db.name, %error, "pages refused");
             db.streamed = None;
             return;
         }
-        db.streamed = Some(Streamed { session, sequence, position, parts: part + 1 });
+        db.streamed = Some(Streamed {
+            session,
+            sequence,
+            position,
+            parts: part + 1,
+        });
         self.write_own(entry, permit);
     }
 
@@ -288,11 +311,18 @@ impl Node {
             return refuse("the database is not open at this sidecar".to_owned());
         };
         let origin = request.commit.origin;
-        if db.settled.get(&origin.client).is_some_and(|settled| *settled >= origin.sequence) {
+        if db
+            .settled
+            .get(&origin.client)
+            .is_some_and(|settled| *settled >= origin.sequence)
+        {
             return refuse("the commit was settled before it arrived".to_owned());
         }
         if let PrimaryState::Fenced { by } = db.machine.state() {
-            let reason = format!("another host has taken over {} (epoch {by}): reopen", db.name);
+            let reason = format!(
+                "another host has taken over {} (epoch {by}): reopen",
+                db.name
+            );
             return Err(CommitOutcome::NotPrimary { reason });
         }
         if let Some(trouble) = &db.own_trouble {
@@ -345,7 +375,10 @@ impl Node {
         let now = Instant::now();
         let counts = |(node, feed): &(&NodeName, &Feed)| {
             !matches!(feed.state, super::feed::FeedState::Refusing { .. })
-                && self.peers.get(*node).is_some_and(|peer| peer.is_answering(now))
+                && self
+                    .peers
+                    .get(*node)
+                    .is_some_and(|peer| peer.is_answering(now))
         };
         db.feeds.iter().filter(counts).count()
     }
@@ -359,8 +392,13 @@ impl Node {
     ) {
         let database = request.database;
         let time = self.next_time(database);
-        let Some(db) = self.primaries.get_mut(&database) else { return };
-        let commit = CommitHeader { time, ..request.commit };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
+        let commit = CommitHeader {
+            time,
+            ..request.commit
+        };
         let header = PartHeader {
             database,
             epoch: position.epoch,
@@ -368,10 +406,17 @@ impl Node {
             part,
             kind: PartKind::Commit(commit),
         };
-        let entry = EntryPart { header, payload: request.payload };
+        let entry = EntryPart {
+            header,
+            payload: request.payload,
+        };
         if let Err(error) = entry.slots() {
             let reason = format!("bad payload: {error}");
-            return answer_commit(database, vec![waiter], &CommitOutcome::NotCommitted { reason });
+            return answer_commit(
+                database,
+                vec![waiter],
+                &CommitOutcome::NotCommitted { reason },
+            );
         }
         db.streamed = None;
         db.pending = Some(PendingCommit {
@@ -388,7 +433,9 @@ impl Node {
     pub fn append_own(&mut self, entry: EntryPart, permit: Permit) {
         let database = entry.header.database;
         let position = entry.header.position();
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         let frame = (entry.header.part == 0).then(|| {
             let message = PrimaryMessage::Append {
                 generation: db.generation(),
@@ -411,7 +458,12 @@ impl Node {
 
     fn write_own(&mut self, entry: EntryPart, permit: Permit) {
         let header = entry.header;
-        self.write_own_records(header.database, vec![Record::Part(entry)], Some(header), permit);
+        self.write_own_records(
+            header.database,
+            vec![Record::Part(entry)],
+            Some(header),
+            permit,
+        );
     }
 
     /// Writes to our own journal; the event comes back when it is done.
@@ -451,7 +503,9 @@ impl Node {
         complete: bool,
         result: Result<(), JournalError>,
     ) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         db.own_writes -= 1;
         match result {
             Err(error) => {
@@ -477,7 +531,9 @@ impl Node {
 
     /// Moves every feed that can move.
     pub fn pump_feeds(&mut self, database: DatabaseId) {
-        let Some(db) = self.primaries.get(&database) else { return };
+        let Some(db) = self.primaries.get(&database) else {
+            return;
+        };
         let behind: Vec<NodeName> = db
             .feeds
             .iter()
@@ -492,9 +548,13 @@ impl Node {
     /// Makes the epoch start from what our own journal says now: all truncation is behind it.
     pub fn write_epoch_start(&mut self, database: DatabaseId, position: LogPosition) {
         let time = self.next_time(database);
-        let last_transaction =
-            self.primary_journal.state(database).and_then(|state| state.last_transaction);
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let last_transaction = self
+            .primary_journal
+            .state(database)
+            .and_then(|state| state.last_transaction);
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         if db.own_trouble.is_some() || db.machine.epoch() != position.epoch {
             return;
         }
@@ -505,7 +565,10 @@ impl Node {
             epoch: position.epoch,
             lsn: position.lsn,
             part: 0,
-            kind: PartKind::EpochStart { time, last_transaction },
+            kind: PartKind::EpochStart {
+                time,
+                last_transaction,
+            },
         };
         // Our own journal learns the name and the epoch by the same record as a replica's.
         let named = Record::Promise {
@@ -516,7 +579,13 @@ impl Node {
             generation: db.generation(),
         };
         self.write_own_records(database, vec![named], None, None);
-        self.append_own(EntryPart { header, payload: Bytes::new() }, None);
+        self.append_own(
+            EntryPart {
+                header,
+                payload: Bytes::new(),
+            },
+            None,
+        );
     }
 
     /// The time of the next entry: the clock's, but never back within a log.
@@ -532,9 +601,15 @@ impl Node {
     /// Gives up waiting: buries what was sent, near the end of the client's time, and says
     /// "unknown" at its end.
     pub fn tick_pending(&mut self, database: DatabaseId, now: Instant) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
-        let Some(pending) = &mut db.pending else { return };
-        let Some(timeout) = pending.timeout else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
+        let Some(pending) = &mut db.pending else {
+            return;
+        };
+        let Some(timeout) = pending.timeout else {
+            return;
+        };
         let waited = now.duration_since(pending.moved_at);
         let answer_after = timeout.saturating_sub(ANSWER_MARGIN.min(timeout / 10));
         let bury_after = answer_after.saturating_sub((timeout / BURY_SHARE).min(BURY_TIME_MAX));
@@ -545,8 +620,10 @@ impl Node {
             db.machine.start_bury(db.claimant);
         }
         if waited >= answer_after && !pending.waiters.is_empty() {
-            let reason =
-                format!("no quorum of replicas acked within {} ms", timeout.as_millis());
+            let reason = format!(
+                "no quorum of replicas acked within {} ms",
+                timeout.as_millis()
+            );
             let waiters = std::mem::take(&mut pending.waiters);
             answer_commit(database, waiters, &CommitOutcome::Unknown { reason });
         }
@@ -554,8 +631,12 @@ impl Node {
 
     /// What is certain about the pending commit now that the log says so.
     pub fn settle_pending(&mut self, database: DatabaseId, committed: Option<LogPosition>) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
-        let Some(pending) = db.pending.take() else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
+        let Some(pending) = db.pending.take() else {
+            return;
+        };
         let outcome = match committed {
             Some(position) => {
                 db.last_transaction = Some(pending.summary);
@@ -572,10 +653,18 @@ impl Node {
 
     /// The entry may or may not be committed by whoever took over.
     pub fn abandon_pending(&mut self, database: DatabaseId, by: Epoch) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
-        let Some(pending) = db.pending.take() else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
+        let Some(pending) = db.pending.take() else {
+            return;
+        };
         let reason = format!("another host took over (epoch {by}) while the commit was in flight");
-        answer_commit(database, pending.waiters, &CommitOutcome::Unknown { reason });
+        answer_commit(
+            database,
+            pending.waiters,
+            &CommitOutcome::Unknown { reason },
+        );
     }
 }
 

@@ -4,7 +4,7 @@ use super::bulk::{self, FetchJob};
 use super::event::SessionId;
 use super::feed::Feed;
 use super::node::{Node, new_claimant};
-use super::primary::{PrimaryDatabase, Want, Waiter};
+use super::primary::{PrimaryDatabase, Waiter, Want};
 use durovfs_journal::Record;
 use durovfs_quorum::{PrimaryEffect, PrimaryState};
 use durovfs_wire::client::{FailureKind, SidecarMessage};
@@ -23,8 +23,10 @@ const RECLAIM_PAUSE: Duration = Duration::from_millis(250);
 impl Node {
     /// Runs a database's state machine until it wants nothing more.
     pub fn drive_primary(&mut self, database: DatabaseId) {
-        while let Some(effect) =
-            self.primaries.get_mut(&database).and_then(|db| db.machine.poll_effect())
+        while let Some(effect) = self
+            .primaries
+            .get_mut(&database)
+            .and_then(|db| db.machine.poll_effect())
         {
             self.carry_out(database, effect);
         }
@@ -44,20 +46,35 @@ impl Node {
                     db.streamed = None;
                     db.machine.handle_retained(at.lsn.next());
                 }
-                self.write_own_records(database, vec![Record::Restart { database, at }], None, None);
+                self.write_own_records(
+                    database,
+                    vec![Record::Restart { database, at }],
+                    None,
+                    None,
+                );
             }
-            PrimaryEffect::Fetch { donor, first_lsn, last } => {
+            PrimaryEffect::Fetch {
+                donor,
+                first_lsn,
+                last,
+            } => {
                 self.fetch(database, donor, first_lsn, last);
             }
             PrimaryEffect::AppendEpochStart { position } => {
-                let Some(db) = self.primaries.get_mut(&database) else { return };
+                let Some(db) = self.primaries.get_mut(&database) else {
+                    return;
+                };
                 if db.own_writes == 0 {
                     self.write_epoch_start(database, position);
                 } else {
                     db.epoch_start = Some(position);
                 }
             }
-            PrimaryEffect::Feed { node, next_lsn, previous } => {
+            PrimaryEffect::Feed {
+                node,
+                next_lsn,
+                previous,
+            } => {
                 if let Some(db) = self.primaries.get_mut(&database) {
                     db.feeds
                         .entry(node.clone())
@@ -67,8 +84,10 @@ impl Node {
                 }
             }
             PrimaryEffect::StopFeed { node } => {
-                if let Some(feed) =
-                    self.primaries.get_mut(&database).and_then(|db| db.feeds.get_mut(&node))
+                if let Some(feed) = self
+                    .primaries
+                    .get_mut(&database)
+                    .and_then(|db| db.feeds.get_mut(&node))
                 {
                     feed.state = super::feed::FeedState::Stopped;
                 }
@@ -97,17 +116,30 @@ impl Node {
             db.written_lsn = db.written_lsn.min(after.lsn);
             db.streamed = None;
         }
-        self.write_own_records(database, vec![Record::Truncate { database, after }], None, None);
+        self.write_own_records(
+            database,
+            vec![Record::Truncate { database, after }],
+            None,
+            None,
+        );
     }
 
     fn fetch(&mut self, database: DatabaseId, donor: NodeName, first_lsn: Lsn, last: LogPosition) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         match self.peers.get(&donor).and_then(|peer| peer.link.as_ref()) {
             None => db.machine.handle_fetch_failed(&donor),
             Some(link) => {
                 let epoch = db.machine.epoch();
                 bulk::spawn_fetch(
-                    FetchJob { database, epoch, donor, first_lsn, last },
+                    FetchJob {
+                        database,
+                        epoch,
+                        donor,
+                        first_lsn,
+                        last,
+                    },
                     self.primary_journal.clone(),
                     Rc::clone(&link.connection),
                     self.events.clone(),
@@ -125,7 +157,9 @@ impl Node {
         result: Result<(), String>,
     ) {
         let state = self.primary_journal.state(database);
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         if db.machine.epoch() != epoch {
             return; // of an earlier claim
         }
@@ -143,13 +177,17 @@ impl Node {
     }
 
     fn opened(&mut self, database: DatabaseId, epoch: Epoch, end: LogPosition) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         tracing::info!(name = %db.name, %epoch, %end, "the log is open");
         db.failed_claims = 0;
         if let Some(pending) = &db.pending {
             // Ordinary recovery has decided: the entry is in the log, or it is not.
             let position = pending.summary.position;
-            let kept = db.last_transaction.is_some_and(|last| last.position == position);
+            let kept = db
+                .last_transaction
+                .is_some_and(|last| last.position == position);
             self.settle_pending(database, kept.then_some(position));
         }
         self.answer_waiters(database);
@@ -157,7 +195,9 @@ impl Node {
 
     /// Answers everybody who waited for the log to be open.
     pub fn answer_waiters(&mut self, database: DatabaseId) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         if !db.is_open() {
             return;
         }
@@ -170,8 +210,13 @@ impl Node {
                     end: LogPosition::new(db.machine.epoch(), db.machine.commit_lsn()),
                     last_transaction: db.last_transaction,
                 }),
-                Want::Resolve { request, origin, base_lsn } => {
-                    let outcome = super::requests::resolve(db, &self.primary_journal, origin, base_lsn);
+                Want::Resolve {
+                    request,
+                    origin,
+                    base_lsn,
+                } => {
+                    let outcome =
+                        super::requests::resolve(db, &self.primary_journal, origin, base_lsn);
                     waiter.outbox.answer(&SidecarMessage::Outcome {
                         database,
                         sequence: request,
@@ -183,7 +228,9 @@ impl Node {
     }
 
     fn committed(&mut self, database: DatabaseId, lsn: Lsn) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         db.upload.note_committed();
         self.uploads_due.insert(database);
         let done = db
@@ -199,7 +246,9 @@ impl Node {
 
     fn fenced(&mut self, database: DatabaseId, by: Epoch) {
         self.abandon_pending(database, by);
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         db.streamed = None;
         db.failed_claims += 1;
         if db.waiters.is_empty() || db.failed_claims > CLAIMS_MAX {
@@ -227,8 +276,14 @@ impl Node {
 
     /// A replica's node is gone.
     pub fn handle_peer_lost(&mut self, node: &NodeName, session: SessionId, error: String) {
-        let Some(peer) = self.peers.get_mut(node) else { return };
-        if peer.link.as_ref().is_some_and(|link| link.session != session) {
+        let Some(peer) = self.peers.get_mut(node) else {
+            return;
+        };
+        if peer
+            .link
+            .as_ref()
+            .is_some_and(|link| link.session != session)
+        {
             return;
         }
         if peer.last_error.as_ref() != Some(&error) {
@@ -257,8 +312,12 @@ impl Node {
         session: SessionId,
         message: ReplicaMessage,
     ) {
-        let Some(peer) = self.peers.get_mut(node) else { return };
-        let Some(link) = peer.link.as_mut().filter(|link| link.session == session) else { return };
+        let Some(peer) = self.peers.get_mut(node) else {
+            return;
+        };
+        let Some(link) = peer.link.as_mut().filter(|link| link.session == session) else {
+            return;
+        };
         link.heard();
         let database = match &message {
             ReplicaMessage::Pong { trouble, .. } => {
@@ -275,7 +334,9 @@ impl Node {
             // These come on streams of their own, to the task that asked.
             ReplicaMessage::FetchedPart { .. } | ReplicaMessage::FetchEnd { .. } => return,
         };
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         if let Err(violation) = db.machine.handle_message(node, &message) {
             tracing::error!(%node, name = %db.name, %violation, "a replica broke the protocol");
             return;
@@ -289,14 +350,19 @@ impl Node {
 
     /// Claims again where that is due.
     pub fn tick_claims(&mut self, database: DatabaseId, now: Instant) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         if db.claim_at.is_none_or(|at| now < at) {
             return;
         }
         db.claim_at = None;
         if db.own_trouble.take().is_some() {
             self.restart_primary(database);
-        } else if matches!(db.machine.state(), PrimaryState::Fenced { .. } | PrimaryState::Idle) {
+        } else if matches!(
+            db.machine.state(),
+            PrimaryState::Fenced { .. } | PrimaryState::Idle
+        ) {
             db.claimant = new_claimant();
             db.machine.start_claim(db.claimant);
         }
@@ -306,9 +372,10 @@ impl Node {
     /// Our own journal failed: the machine begins again from what it holds.
     fn restart_primary(&mut self, database: DatabaseId) {
         let state = self.primary_journal.state(database);
-        let Some(old) = self.primaries.remove(&database) else { return };
-        let mut db =
-            PrimaryDatabase::new(database, old.name, self.membership(), state.as_ref());
+        let Some(old) = self.primaries.remove(&database) else {
+            return;
+        };
+        let mut db = PrimaryDatabase::new(database, old.name, self.membership(), state.as_ref());
         db.waiters = old.waiters;
         db.pending = old.pending;
         db.settled = old.settled;
@@ -321,7 +388,9 @@ impl Node {
     /// Tells replicas what is committed where no append did.
     pub fn tell_progress(&mut self) {
         for database in std::mem::take(&mut self.commits_untold) {
-            let Some(db) = self.primaries.get(&database) else { continue };
+            let Some(db) = self.primaries.get(&database) else {
+                continue;
+            };
             let message = PrimaryMessage::Progress {
                 database,
                 epoch: db.machine.epoch(),
@@ -344,7 +413,9 @@ fn note_feed(db: &mut PrimaryDatabase, node: &NodeName, message: &ReplicaMessage
     use durovfs_wire::peer::RejectReason;
     let now = Instant::now();
     let last_lsn = db.machine.last().lsn;
-    let Some(feed) = db.feeds.get_mut(node) else { return };
+    let Some(feed) = db.feeds.get_mut(node) else {
+        return;
+    };
     match message {
         ReplicaMessage::Ack { flush_lsn, .. } => {
             feed.acked(*flush_lsn, now);
@@ -352,9 +423,15 @@ fn note_feed(db: &mut PrimaryDatabase, node: &NodeName, message: &ReplicaMessage
                 feed.level_at = now;
             }
         }
-        ReplicaMessage::Rejected { reason: RejectReason::Storage { message }, .. } => {
+        ReplicaMessage::Rejected {
+            reason: RejectReason::Storage { message },
+            ..
+        } => {
             tracing::warn!(name = %db.name, %node, reason = %message, "a replica refuses entries");
-            feed.state = super::feed::FeedState::Refusing { since: now, reason: message.clone() };
+            feed.state = super::feed::FeedState::Refusing {
+                since: now,
+                reason: message.clone(),
+            };
         }
         _ => {}
     }
@@ -370,7 +447,11 @@ pub fn fail_waiters(db: &mut PrimaryDatabase, kind: FailureKind, message: &str) 
 /// Tells one who waits that it will not be.
 pub fn fail_waiter(waiter: Waiter, kind: FailureKind, message: &str) {
     let (Want::Open { request } | Want::Resolve { request, .. }) = waiter.want;
-    waiter.outbox.answer(&SidecarMessage::Failed { request, kind, message: message.to_owned() });
+    waiter.outbox.answer(&SidecarMessage::Failed {
+        request,
+        kind,
+        message: message.to_owned(),
+    });
 }
 
 fn random_part(of: Duration) -> Duration {

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use durovfs_journal::{DatabaseState, JournalError, Record};
 use durovfs_quorum::{AppendVerdict, Replica, ReplicaEffect, ReplicaState};
 use durovfs_wire::peer::{Claim, PrimaryMessage, RejectReason, ReplicaMessage};
-use durovfs_wire::{DatabaseId, EntryPart, Epoch, Lsn, NodeName, PartHeader};
+use durovfs_wire::{DatabaseId, EntryPart, Epoch, LogPosition, Lsn, NodeName};
 use std::time::{Duration, Instant};
 
 /// A claim by another node is refused while the primary gave a sign of life this lately. Liveness
@@ -99,17 +99,45 @@ impl Node {
                 outbox.answer(&ReplicaMessage::Found { request, databases });
             }
             PrimaryMessage::Claim(claim) => self.handle_claim(node, outbox, &claim),
-            PrimaryMessage::Append { part, .. } => {
-                let append = Append { message, part, payload, permit };
-                self.handle_append(node, outbox, append);
+            PrimaryMessage::Append {
+                generation,
+                epoch,
+                previous,
+                commit_lsn,
+                archive_lsn,
+                part,
+            } => {
+                let sender = Sender {
+                    generation,
+                    epoch,
+                    commit_lsn,
+                    archive_lsn,
+                };
+                let entry = EntryPart {
+                    header: part,
+                    payload,
+                };
+                self.handle_append(node, outbox, sender, previous, entry, permit);
             }
-            PrimaryMessage::Progress { database, epoch, commit_lsn, archive_lsn } => {
+            PrimaryMessage::Progress {
+                database,
+                epoch,
+                commit_lsn,
+                archive_lsn,
+            } => {
                 if let Some(replica) = self.replicas.get_mut(&database) {
-                    replica.machine.handle_progress(epoch, commit_lsn, archive_lsn);
+                    replica
+                        .machine
+                        .handle_progress(epoch, commit_lsn, archive_lsn);
                     self.note_archived(database);
                 }
             }
-            PrimaryMessage::Fetch { database, epoch, first_lsn, last_lsn } => {
+            PrimaryMessage::Fetch {
+                database,
+                epoch,
+                first_lsn,
+                last_lsn,
+            } => {
                 self.handle_fetch(database, epoch, first_lsn, last_lsn, outbox);
             }
         }
@@ -117,7 +145,9 @@ impl Node {
 
     fn handle_claim(&mut self, node: &NodeName, outbox: &Outbox, claim: &Claim) {
         let fresh = |holder: &NodeName| {
-            self.inbound.get(holder).is_some_and(|inbound| inbound.heard.elapsed() < PRIMARY_FRESH)
+            self.inbound
+                .get(holder)
+                .is_some_and(|inbound| inbound.heard.elapsed() < PRIMARY_FRESH)
         };
         if let Some(replica) = self.replicas.get(&claim.database)
             && let Some(holder) = &replica.holder
@@ -129,7 +159,9 @@ impl Node {
             outbox.answer(&ReplicaMessage::Rejected {
                 database: claim.database,
                 epoch: claim.epoch,
-                reason: RejectReason::Fenced { promised: replica.machine.promised() },
+                reason: RejectReason::Fenced {
+                    promised: replica.machine.promised(),
+                },
             });
             return;
         }
@@ -141,36 +173,63 @@ impl Node {
         self.drive_replica(claim.database);
     }
 
-    fn handle_append(&mut self, node: &NodeName, outbox: &Outbox, append: Append) {
-        let PrimaryMessage::Append { generation, epoch, previous, commit_lsn, archive_lsn, part } =
-            append.message
-        else {
-            return;
-        };
+    fn handle_append(
+        &mut self,
+        node: &NodeName,
+        outbox: &Outbox,
+        sender: Sender,
+        previous: LogPosition,
+        entry: EntryPart,
+        permit: Permit,
+    ) {
+        let Sender {
+            generation,
+            epoch,
+            commit_lsn,
+            archive_lsn,
+        } = sender;
+        let part = entry.header;
         let database = part.database;
         let reject = |reason| {
-            outbox.answer(&ReplicaMessage::Rejected { database, epoch, reason });
+            outbox.answer(&ReplicaMessage::Rejected {
+                database,
+                epoch,
+                reason,
+            });
         };
         let Some(replica) = self.replicas.get_mut(&database) else {
-            return reject(RejectReason::Fenced { promised: Epoch::ZERO });
+            return reject(RejectReason::Fenced {
+                promised: Epoch::ZERO,
+            });
         };
-        let entry = EntryPart { header: part, payload: append.payload };
         if let Err(error) = entry.slots() {
             tracing::error!(%node, name = %replica.name, %error, "append refused: bad payload");
-            return reject(RejectReason::Storage { message: error.to_string() });
+            return reject(RejectReason::Storage {
+                message: error.to_string(),
+            });
         }
-        let verdict = replica
-            .machine
-            .check_append(generation, epoch, previous, &part, commit_lsn, archive_lsn);
+        let verdict = replica.machine.check_append(
+            generation,
+            epoch,
+            previous,
+            &part,
+            commit_lsn,
+            archive_lsn,
+        );
         let mut records = Vec::with_capacity(2);
         match verdict {
             Err(violation) => {
                 tracing::error!(%node, name = %replica.name, %violation, "append refused");
-                return reject(RejectReason::Storage { message: violation.to_string() });
+                return reject(RejectReason::Storage {
+                    message: violation.to_string(),
+                });
             }
             Ok(AppendVerdict::Reject(reason)) => return reject(reason),
             Ok(AppendVerdict::Duplicate) => return self.drive_replica(database),
-            Ok(AppendVerdict::Write { truncate_after, restart_at }) => {
+            Ok(AppendVerdict::Write {
+                truncate_after,
+                restart_at,
+            }) => {
                 records.extend(truncate_after.map(|after| Record::Truncate { database, after }));
                 records.extend(restart_at.map(|at| Record::Restart { database, at }));
             }
@@ -179,7 +238,6 @@ impl Node {
         records.push(Record::Part(entry));
         let events = self.journal_events.clone();
         let (position, complete) = (part.position(), part.is_last());
-        let permit = append.permit;
         self.replica_journal.append(
             records,
             Box::new(move |result| {
@@ -206,11 +264,17 @@ impl Node {
         outbox: &Outbox,
     ) {
         let checked = match self.replicas.get(&database) {
-            None => Err(RejectReason::Fenced { promised: Epoch::ZERO }),
+            None => Err(RejectReason::Fenced {
+                promised: Epoch::ZERO,
+            }),
             Some(replica) => replica.machine.check_fetch(epoch, first_lsn, last_lsn),
         };
         match checked {
-            Err(reason) => outbox.answer(&ReplicaMessage::Rejected { database, epoch, reason }),
+            Err(reason) => outbox.answer(&ReplicaMessage::Rejected {
+                database,
+                epoch,
+                reason,
+            }),
             Ok(()) => bulk::spawn_answer(
                 &self.replica_journal,
                 database,
@@ -226,15 +290,19 @@ impl Node {
     pub fn handle_part_persisted(
         &mut self,
         database: DatabaseId,
-        position: durovfs_wire::LogPosition,
+        position: LogPosition,
         epoch: Epoch,
         complete: bool,
         result: Result<(), JournalError>,
     ) {
-        let Some(replica) = self.replicas.get_mut(&database) else { return };
+        let Some(replica) = self.replicas.get_mut(&database) else {
+            return;
+        };
         match result {
             Ok(()) => {
-                replica.machine.handle_part_persisted(position, epoch, complete);
+                replica
+                    .machine
+                    .handle_part_persisted(position, epoch, complete);
                 self.drive_replica(database);
             }
             Err(error) => self.storage_failed(database, &error),
@@ -244,7 +312,9 @@ impl Node {
     /// What the machine took as written is not: it tells, and a new one begins from what the
     /// journal has. The primary asks it again what that is.
     fn storage_failed(&mut self, database: DatabaseId, error: &JournalError) {
-        let Some(replica) = self.replicas.get_mut(&database) else { return };
+        let Some(replica) = self.replicas.get_mut(&database) else {
+            return;
+        };
         tracing::error!(name = %replica.name, %error, "the journal could not write");
         replica.machine.handle_trouble(error.to_string());
         self.drive_replica(database);
@@ -265,7 +335,9 @@ impl Node {
         token: u64,
         result: Result<(), JournalError>,
     ) {
-        let Some(replica) = self.replicas.get_mut(&database) else { return };
+        let Some(replica) = self.replicas.get_mut(&database) else {
+            return;
+        };
         match result {
             Ok(()) => {
                 replica.machine.handle_promise_persisted(token);
@@ -277,13 +349,27 @@ impl Node {
 
     /// Carries out what the state machine wants.
     pub fn drive_replica(&mut self, database: DatabaseId) {
-        let Some(replica) = self.replicas.get_mut(&database) else { return };
+        let Some(replica) = self.replicas.get_mut(&database) else {
+            return;
+        };
         while let Some(effect) = replica.machine.poll_effect() {
             match effect {
-                ReplicaEffect::PersistPromise { token, epoch, claimant, generation, name } => {
+                ReplicaEffect::PersistPromise {
+                    token,
+                    epoch,
+                    claimant,
+                    generation,
+                    name,
+                } => {
                     let events = self.journal_events.clone();
                     self.replica_journal.append(
-                        vec![Record::Promise { database, name, epoch, claimant, generation }],
+                        vec![Record::Promise {
+                            database,
+                            name,
+                            epoch,
+                            claimant,
+                            generation,
+                        }],
                         Box::new(move |result| {
                             let _ = events.send(JournalEvent::PromisePersisted {
                                 database,
@@ -305,7 +391,9 @@ impl Node {
 
     /// Writes down what is archived, and drops it when that is on disk.
     fn note_archived(&mut self, database: DatabaseId) {
-        let Some(replica) = self.replicas.get_mut(&database) else { return };
+        let Some(replica) = self.replicas.get_mut(&database) else {
+            return;
+        };
         let drop_through = replica.machine.droppable_lsn();
         if drop_through <= replica.noted_archive_lsn {
             return;
@@ -315,7 +403,11 @@ impl Node {
             (replica.machine.commit_lsn(), replica.machine.archive_lsn());
         let events = self.journal_events.clone();
         self.replica_journal.append(
-            vec![Record::Progress { database, commit_lsn, archive_lsn }],
+            vec![Record::Progress {
+                database,
+                commit_lsn,
+                archive_lsn,
+            }],
             Box::new(move |result| {
                 let _ = events.send(JournalEvent::ProgressPersisted {
                     database,
@@ -327,9 +419,11 @@ impl Node {
     }
 }
 
-struct Append {
-    message: PrimaryMessage,
-    part: PartHeader,
-    payload: Bytes,
-    permit: Permit,
+/// What an append says of the primary that sent it.
+#[derive(Clone, Copy)]
+struct Sender {
+    generation: u32,
+    epoch: Epoch,
+    commit_lsn: Lsn,
+    archive_lsn: Lsn,
 }

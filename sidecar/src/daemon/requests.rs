@@ -35,11 +35,21 @@ impl Node {
         (payload, permit): (Bytes, Permit),
     ) {
         match message {
-            ClientMessage::Hello { client, description } => {
+            ClientMessage::Hello {
+                client,
+                description,
+            } => {
                 tracing::debug!(%client, description, certificate = %grant.name, "a client");
-                outbox.answer(&SidecarMessage::Welcome { node: self.name().clone() });
+                outbox.answer(&SidecarMessage::Welcome {
+                    node: self.name().clone(),
+                });
             }
-            ClientMessage::Open { request, name, known, timeout_ms } => {
+            ClientMessage::Open {
+                request,
+                name,
+                known,
+                timeout_ms,
+            } => {
                 let waiter = Waiter {
                     outbox: outbox.clone(),
                     want: Want::Open { request },
@@ -47,7 +57,11 @@ impl Node {
                 };
                 self.handle_open(grant, waiter, name, known);
             }
-            ClientMessage::Pages { database, sequence, page_size } => {
+            ClientMessage::Pages {
+                database,
+                sequence,
+                page_size,
+            } => {
                 if self.may_use(grant, database) {
                     self.handle_pages(session, (database, sequence), page_size, payload, permit);
                 }
@@ -57,7 +71,12 @@ impl Node {
                     self.handle_abort(session, database, sequence);
                 }
             }
-            ClientMessage::Commit { database, commit, streamed_parts, timeout_ms } => {
+            ClientMessage::Commit {
+                database,
+                commit,
+                streamed_parts,
+                timeout_ms,
+            } => {
                 let request = CommitRequest {
                     session,
                     outbox: outbox.clone(),
@@ -70,15 +89,28 @@ impl Node {
                 };
                 self.admit_commit(grant, request);
             }
-            ClientMessage::Resolve { request, database, origin, base_lsn, timeout_ms } => {
+            ClientMessage::Resolve {
+                request,
+                database,
+                origin,
+                base_lsn,
+                timeout_ms,
+            } => {
                 let waiter = Waiter {
                     outbox: outbox.clone(),
-                    want: Want::Resolve { request, origin, base_lsn },
+                    want: Want::Resolve {
+                        request,
+                        origin,
+                        base_lsn,
+                    },
                     deadline: deadline(timeout_ms),
                 };
                 self.handle_resolve(grant, waiter, database);
             }
-            ClientMessage::ReadLog { database, first_lsn } => {
+            ClientMessage::ReadLog {
+                database,
+                first_lsn,
+            } => {
                 self.handle_read_log(grant, outbox, database, first_lsn);
             }
             ClientMessage::NodeStatus { request } => {
@@ -86,10 +118,16 @@ impl Node {
                 outbox.answer(&SidecarMessage::NodeStatus { request, status });
             }
             ClientMessage::DatabaseStatus { request, name } => {
-                let status = self.database_status_by_name(&name).filter(|_| grant.allows(&name));
+                let status = self
+                    .database_status_by_name(&name)
+                    .filter(|_| grant.allows(&name));
                 outbox.answer(&SidecarMessage::DatabaseStatus { request, status });
             }
-            ClientMessage::FindBookmark { request, database, when } => {
+            ClientMessage::FindBookmark {
+                request,
+                database,
+                when,
+            } => {
                 if self.may_use(grant, database) {
                     self.find_bookmark(outbox, request, database, &when);
                 } else {
@@ -101,7 +139,9 @@ impl Node {
     }
 
     fn may_use(&self, grant: &ClientGrant, database: DatabaseId) -> bool {
-        self.primaries.get(&database).is_some_and(|db| grant.allows(&db.name))
+        self.primaries
+            .get(&database)
+            .is_some_and(|db| grant.allows(&db.name))
     }
 
     fn admit_commit(&mut self, grant: &ClientGrant, request: CommitRequest) {
@@ -110,7 +150,11 @@ impl Node {
             let sequence = request.commit.origin.sequence;
             let reason = "the certificate does not allow this database".to_owned();
             let outcome = CommitOutcome::NotCommitted { reason };
-            request.outbox.answer(&SidecarMessage::Outcome { database, sequence, outcome });
+            request.outbox.answer(&SidecarMessage::Outcome {
+                database,
+                sequence,
+                outcome,
+            });
             return;
         }
         self.handle_commit(request);
@@ -125,8 +169,10 @@ impl Node {
         known: Option<DatabaseId>,
     ) {
         if name.is_empty() || name.len() > MAX_NAME_BYTES || !grant.allows(&name) {
-            let message =
-                format!("the certificate {} does not allow the database {name:?}", grant.name);
+            let message = format!(
+                "the certificate {} does not allow the database {name:?}",
+                grant.name
+            );
             return fail_waiter(waiter, FailureKind::Forbidden, &message);
         }
         self.connect_replicas();
@@ -147,7 +193,9 @@ impl Node {
     }
 
     fn open_known(&mut self, database: DatabaseId, waiter: Waiter, known: Option<DatabaseId>) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         if let Some(known) = known.filter(|known| *known != database) {
             let message = format!(
                 "the file belongs to log {known}, but {} is log {database}: restored or copied by \
@@ -166,7 +214,9 @@ impl Node {
 
     /// Asks one node for all names that are being looked for.
     pub fn ask_findings(&mut self, node: &NodeName) {
-        let Some(link) = self.peers.get(node).and_then(|peer| peer.link.as_ref()) else { return };
+        let Some(link) = self.peers.get(node).and_then(|peer| peer.link.as_ref()) else {
+            return;
+        };
         for (name, finding) in &self.findings {
             if !finding.answers.contains_key(node) {
                 link.outbox.answer(&PrimaryMessage::Find {
@@ -179,8 +229,10 @@ impl Node {
 
     /// A node says which logs it knows under a name.
     pub fn handle_found(&mut self, node: &NodeName, request: u64, databases: &[DatabaseId]) {
-        let Some((name, finding)) =
-            self.findings.iter_mut().find(|(_, finding)| finding.request == request)
+        let Some((name, finding)) = self
+            .findings
+            .iter_mut()
+            .find(|(_, finding)| finding.request == request)
         else {
             return;
         };
@@ -189,7 +241,9 @@ impl Node {
             return;
         }
         let name = name.clone();
-        let Some(finding) = self.findings.remove(&name) else { return };
+        let Some(finding) = self.findings.remove(&name) else {
+            return;
+        };
         let found: BTreeSet<DatabaseId> = finding.answers.into_values().flatten().collect();
         self.finish_finding(name, &found, finding.waiters);
     }
@@ -207,7 +261,9 @@ impl Node {
                  durovfs_db= and its old name"
             )),
             (0 | 1, _) => None,
-            _ => Some(format!("replicas know several logs under {name}: {found:?}")),
+            _ => Some(format!(
+                "replicas know several logs under {name}: {found:?}"
+            )),
         };
         if let Some(message) = problem {
             for (waiter, _) in waiters {
@@ -215,8 +271,10 @@ impl Node {
             }
             return;
         }
-        let database =
-            found.first().copied().unwrap_or_else(|| DatabaseId::from_bytes(super::node::random_id()));
+        let database = found
+            .first()
+            .copied()
+            .unwrap_or_else(|| DatabaseId::from_bytes(super::node::random_id()));
         self.names.insert(name.clone(), database);
         let state = self.primary_journal.state(database);
         let db = PrimaryDatabase::new(database, name, self.membership(), state.as_ref());
@@ -232,14 +290,21 @@ impl Node {
             let message = "the database is not open at this sidecar";
             return fail_waiter(waiter, FailureKind::UnknownDatabase, message);
         }
-        let Some(db) = self.primaries.get_mut(&database) else { return };
-        if let Want::Resolve { request, origin, .. } = waiter.want
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
+        if let Want::Resolve {
+            request, origin, ..
+        } = waiter.want
             && let Some(pending) = &mut db.pending
             && pending.summary.commit.origin == origin
             && !pending.waiters.is_empty()
         {
             // It is on its way: whoever waits is told with the others.
-            pending.waiters.push(CommitWaiter { outbox: waiter.outbox, sequence: request });
+            pending.waiters.push(CommitWaiter {
+                outbox: waiter.outbox,
+                sequence: request,
+            });
             return;
         }
         db.waiters.push(waiter);
@@ -254,14 +319,21 @@ impl Node {
         first_lsn: Lsn,
     ) {
         let fail = |message: &str| {
-            outbox.answer(&SidecarMessage::LogEnd { error: Some(message.to_owned()) });
+            outbox.answer(&SidecarMessage::LogEnd {
+                error: Some(message.to_owned()),
+            });
         };
         if !self.may_use(grant, database) {
             return fail("the database is not open at this sidecar");
         }
-        let Some(db) = self.primaries.get(&database) else { return };
+        let Some(db) = self.primaries.get(&database) else {
+            return;
+        };
         let last_lsn = db.machine.commit_lsn().min(db.written_lsn);
-        let first_held = self.primary_journal.state(database).map_or(Lsn::ZERO, |s| s.first_lsn);
+        let first_held = self
+            .primary_journal
+            .state(database)
+            .map_or(Lsn::ZERO, |s| s.first_lsn);
         if first_lsn > last_lsn {
             outbox.answer(&SidecarMessage::LogEnd { error: None });
         } else if first_lsn < first_held {
@@ -288,7 +360,10 @@ impl Node {
         let mut late = Vec::new();
         for (name, finding) in &mut self.findings {
             let answers = finding.answers.len();
-            for (waiter, _) in finding.waiters.extract_if(.., |(waiter, _)| expired(waiter)) {
+            for (waiter, _) in finding
+                .waiters
+                .extract_if(.., |(waiter, _)| expired(waiter))
+            {
                 late.push((
                     waiter,
                     format!(
@@ -297,15 +372,20 @@ impl Node {
                 ));
             }
         }
-        self.findings.retain(|_, finding| !finding.waiters.is_empty());
+        self.findings
+            .retain(|_, finding| !finding.waiters.is_empty());
         let databases: Vec<DatabaseId> = self.primaries.keys().copied().collect();
         for database in databases {
-            let Some(db) = self.primaries.get(&database) else { continue };
+            let Some(db) = self.primaries.get(&database) else {
+                continue;
+            };
             if !db.waiters.iter().any(expired) {
                 continue;
             }
             let answering = self.answering(db);
-            let Some(db) = self.primaries.get_mut(&database) else { continue };
+            let Some(db) = self.primaries.get_mut(&database) else {
+                continue;
+            };
             let message = format!(
                 "{} cannot be opened: {answering} of {} replicas answer, {quorum} are needed",
                 db.name,
@@ -336,7 +416,9 @@ pub fn resolve(
         return not_committed();
     };
     if last.commit.origin == origin {
-        return CommitOutcome::Committed { position: last.position };
+        return CommitOutcome::Committed {
+            position: last.position,
+        };
     }
     let commit_lsn = db.machine.commit_lsn();
     let found = journal
@@ -344,17 +426,24 @@ pub fn resolve(
         .into_iter()
         .find(|summary| summary.commit.origin == origin);
     if let Some(summary) = found {
-        return CommitOutcome::Committed { position: summary.position };
+        return CommitOutcome::Committed {
+            position: summary.position,
+        };
     }
-    let first_held =
-        journal.state(db.machine.database()).map_or(Lsn::ZERO, |state| state.first_lsn);
+    let first_held = journal
+        .state(db.machine.database())
+        .map_or(Lsn::ZERO, |state| state.first_lsn);
     // Nothing after the base was dropped, or nothing but the last transaction came after it.
-    if base_lsn.next() >= first_held || last.position.lsn <= base_lsn || last.commit.base_lsn == base_lsn
+    if base_lsn.next() >= first_held
+        || last.position.lsn <= base_lsn
+        || last.commit.base_lsn == base_lsn
     {
         db.note_settled(origin);
         return not_committed();
     }
-    CommitOutcome::Behind { last_transaction: last }
+    CommitOutcome::Behind {
+        last_transaction: last,
+    }
 }
 
 impl ClientGrant {

@@ -63,7 +63,10 @@ fn grant(name: String, patterns: &[String]) -> Result<Rc<ClientGrant>, globset::
     for pattern in patterns {
         databases.add(globset::Glob::new(pattern)?);
     }
-    Ok(Rc::new(ClientGrant { name, databases: databases.build()? }))
+    Ok(Rc::new(ClientGrant {
+        name,
+        databases: databases.build()?,
+    }))
 }
 
 async fn serve_node(
@@ -80,7 +83,14 @@ async fn serve_node(
         let shared = shared.get_or_insert_with(|| outbox.clone()).clone();
         let (node, events, room) = (node.clone(), events.clone(), Arc::clone(room));
         tokio::task::spawn_local(async move {
-            let reader = NodeStream { session, node, shared, outbox, events, room };
+            let reader = NodeStream {
+                session,
+                node,
+                shared,
+                outbox,
+                events,
+                room,
+            };
             if let Err(error) = reader.read(receiver).await {
                 tracing::debug!(%error, "a node's stream ended");
             }

@@ -51,10 +51,13 @@ impl Node {
                     trouble: peer.trouble.clone().or_else(|| peer.last_error.clone()),
                 })
                 .collect(),
-            warnings: [self.primary_journal.trouble(), self.replica_journal.trouble()]
-                .into_iter()
-                .flatten()
-                .collect(),
+            warnings: [
+                self.primary_journal.trouble(),
+                self.replica_journal.trouble(),
+            ]
+            .into_iter()
+            .flatten()
+            .collect(),
         }
     }
 
@@ -62,9 +65,15 @@ impl Node {
     pub fn database_status_by_name(&self, name: &str) -> Option<DatabaseStatus> {
         let now = Instant::now();
         if let Some(id) = self.names.get(name) {
-            return self.primaries.get(id).map(|db| self.primary_status(*id, db, now));
+            return self
+                .primaries
+                .get(id)
+                .map(|db| self.primary_status(*id, db, now));
         }
-        let (id, replica) = self.replicas.iter().find(|(_, replica)| replica.name == name)?;
+        let (id, replica) = self
+            .replicas
+            .iter()
+            .find(|(_, replica)| replica.name == name)?;
         Some(self.replica_status(*id, replica))
     }
 
@@ -74,8 +83,11 @@ impl Node {
         db: &PrimaryDatabase,
         now: Instant,
     ) -> DatabaseStatus {
-        let replicas: Vec<ReplicaStatus> =
-            db.feeds.keys().map(|node| self.feed_status(db, node, now)).collect();
+        let replicas: Vec<ReplicaStatus> = db
+            .feeds
+            .keys()
+            .map(|node| self.feed_status(db, node, now))
+            .collect();
         let mut warnings = db.upload.warnings();
         match db.machine.state() {
             PrimaryState::Leading => {}
@@ -84,7 +96,11 @@ impl Node {
             }
             _ => warnings.push("the log is not open: waiting for a quorum of replicas".to_owned()),
         }
-        warnings.extend(db.own_trouble.iter().map(|trouble| format!("own journal: {trouble}")));
+        warnings.extend(
+            db.own_trouble
+                .iter()
+                .map(|trouble| format!("own journal: {trouble}")),
+        );
         for replica in &replicas {
             if replica.state != "streaming" && replica.lag_ms > LAG_WARNING_MS {
                 warnings.push(format!(

@@ -56,7 +56,10 @@ impl UploadState {
 
     /// What a person should look at.
     pub fn warnings(&self) -> Vec<String> {
-        self.last_error.iter().map(|error| format!("the archive is behind: {error}")).collect()
+        self.last_error
+            .iter()
+            .map(|error| format!("the archive is behind: {error}"))
+            .collect()
     }
 
     fn failed(&mut self, error: String) {
@@ -103,7 +106,9 @@ impl Node {
                 continue;
             }
             let oldest = *upload.oldest.get_or_insert(now);
-            let bytes = self.primary_journal.entry_bytes(database, first_lsn, last_lsn);
+            let bytes = self
+                .primary_journal
+                .entry_bytes(database, first_lsn, last_lsn);
             let due = stopping
                 || bytes >= archive.chunk_bytes
                 || now.duration_since(oldest) >= archive.chunk_interval;
@@ -113,7 +118,10 @@ impl Node {
                 let job = UploadJob {
                     journal: self.primary_journal.clone(),
                     store: Arc::clone(&store),
-                    identity: LogIdentity { database, name: db.name.clone() },
+                    identity: LogIdentity {
+                        database,
+                        name: db.name.clone(),
+                    },
                     range: (first_lsn, last_lsn),
                     chunk_bytes: archive.chunk_bytes,
                     scratch: scratch.clone(),
@@ -130,7 +138,9 @@ impl Node {
 
     /// An upload has ended.
     pub fn handle_uploaded(&mut self, database: DatabaseId, result: Result<Uploaded, String>) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         db.upload.running = false;
         db.upload.checked = None;
         let uploaded = match result {
@@ -155,7 +165,9 @@ impl Node {
 
     /// Writes down what is archived; drops it only when our own journal needs the room.
     fn note_own_archived(&mut self, database: DatabaseId) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         let (commit_lsn, archive_lsn) = (db.machine.commit_lsn(), db.machine.archive_lsn());
         let usage = self.primary_journal.usage();
         let journal = self.primary_journal.clone();
@@ -165,7 +177,11 @@ impl Node {
             db.machine.handle_retained(archive_lsn.next());
         }
         self.primary_journal.append(
-            vec![Record::Progress { database, commit_lsn, archive_lsn }],
+            vec![Record::Progress {
+                database,
+                commit_lsn,
+                archive_lsn,
+            }],
             Box::new(move |result| match result {
                 Ok(()) if crowded => journal.drop_through(database, archive_lsn),
                 Ok(()) => {}
@@ -176,12 +192,21 @@ impl Node {
 
     /// Makes a snapshot when the chunks since the last one add up to more than the database.
     fn consider_snapshot(&mut self, database: DatabaseId) {
-        let Some(store) = self.store.clone() else { return };
+        let Some(store) = self.store.clone() else {
+            return;
+        };
         let scratch = self.scratch_folder();
         let stopping = self.is_stopping();
-        let Some(db) = self.primaries.get_mut(&database) else { return };
-        let Some(last) = db.last_transaction else { return };
-        let looked = db.upload.snapshot_looked.is_some_and(|at| at.elapsed() < SNAPSHOT_INTERVAL);
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
+        let Some(last) = db.last_transaction else {
+            return;
+        };
+        let looked = db
+            .upload
+            .snapshot_looked
+            .is_some_and(|at| at.elapsed() < SNAPSHOT_INTERVAL);
         if looked || db.upload.snapshot_running || stopping {
             return;
         }
@@ -202,7 +227,9 @@ impl Node {
         database: DatabaseId,
         result: Result<Option<Lsn>, String>,
     ) {
-        let Some(db) = self.primaries.get_mut(&database) else { return };
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
         db.upload.snapshot_running = false;
         match result {
             Ok(Some(lsn)) => tracing::info!(name = %db.name, %lsn, "snapshot made"),
@@ -242,10 +269,20 @@ async fn upload(job: UploadJob) -> Result<Uploaded, String> {
             .map_err(|error| error.to_string())?;
         let archived = listing.archived_lsn();
         if archived >= job.range.0 {
-            return Ok(Uploaded { last_lsn: archived.min(job.range.1) });
+            return Ok(Uploaded {
+                last_lsn: archived.min(job.range.1),
+            });
         }
     }
-    let UploadJob { journal, store, identity, range, chunk_bytes, scratch, .. } = job;
+    let UploadJob {
+        journal,
+        store,
+        identity,
+        range,
+        chunk_bytes,
+        scratch,
+        ..
+    } = job;
     std::fs::create_dir_all(&scratch)
         .map_err(|error| format!("create {}: {error}", scratch.display()))?;
     let parts = move || {
@@ -254,12 +291,16 @@ async fn upload(job: UploadJob) -> Result<Uploaded, String> {
             Ok(parts) => (Some(parts), None),
             Err(error) => (None, Some(Err(error))),
         };
-        failed.into_iter().chain(WholeEntries::new(parts.into_iter().flatten(), chunk_bytes))
+        failed
+            .into_iter()
+            .chain(WholeEntries::new(parts.into_iter().flatten(), chunk_bytes))
     };
     let uploaded = uploader::write_chunk(&store, &identity, &scratch, parts)
         .await
         .map_err(|error| error.to_string())?;
-    Ok(Uploaded { last_lsn: uploaded.range.last_lsn })
+    Ok(Uploaded {
+        last_lsn: uploaded.range.last_lsn,
+    })
 }
 
 /// Parts up to the end of the entry with which a number of bytes is reached.
@@ -271,7 +312,11 @@ struct WholeEntries<I> {
 
 impl<I> WholeEntries<I> {
     fn new(parts: I, bytes: u64) -> Self {
-        Self { parts, bytes_left: bytes, ended: false }
+        Self {
+            parts,
+            bytes_left: bytes,
+            ended: false,
+        }
     }
 }
 
@@ -304,7 +349,9 @@ async fn snapshot_if_due(
     let listing = Listing::load_log(&**store, name, database)
         .await
         .map_err(|error| error.to_string())?;
-    let Some(lsn) = snapshot::due(&listing, database_bytes) else { return Ok(None) };
+    let Some(lsn) = snapshot::due(&listing, database_bytes) else {
+        return Ok(None);
+    };
     let made = snapshot::make(store, &listing, lsn, scratch)
         .await
         .map_err(|error| error.to_string())?;
