@@ -150,10 +150,13 @@ impl Store for FileStore {
 
     async fn check(&self) -> Result<(), StoreError> {
         let action = "open the archive".to_owned();
-        self.run(action, "(the directory itself)", |root| {
-            fs::read_dir(root).map(drop)
-        })
-        .await
+        let look = |root: &Path| match fs::read_dir(root) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                Err(io::Error::other("no such directory"))
+            }
+            outcome => outcome.map(drop),
+        };
+        self.run(action, "", look).await
     }
 
     fn url(&self) -> &str {

@@ -430,14 +430,15 @@ fn detail(error: &S3Error) -> String {
             }
         }
         other => {
-            // The cause ("connection refused") stands in the innermost error.
-            let mut text = other.to_string();
+            // The innermost two say what happened ("tcp connect error: connection refused"); the
+            // outer ones repeat the URL.
+            let mut causes = vec![other.to_string()];
             let mut cause = std::error::Error::source(other);
             while let Some(inner) = cause {
-                text = format!("{text}: {inner}");
+                causes.push(inner.to_string());
                 cause = inner.source();
             }
-            text
+            causes[causes.len().saturating_sub(2)..].join(": ")
         }
     };
     text.split_whitespace()

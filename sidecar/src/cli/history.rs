@@ -79,15 +79,15 @@ async fn find_logs(
     store: &Arc<dyn Store>,
     args: &HistoryArgs,
 ) -> Result<Vec<Listing>, RestoreError> {
-    let mut outcome = Err(nothing_tried(&args.database));
-    let names = candidate_names(&args.database).unwrap_or_else(|_| vec![args.database.clone()]);
-    for name in names {
-        outcome = restore::find_logs(store, &name, args.source.log).await;
-        if !matches!(outcome, Err(RestoreError::NoSuchDatabase { .. })) {
-            break;
+    let mut missing = None;
+    for name in candidate_names(&args.database) {
+        match restore::find_logs(store, &name, args.source.log).await {
+            // The error names what was typed, not the last thing that was tried.
+            Err(error @ RestoreError::NoSuchDatabase { .. }) => missing = missing.or(Some(error)),
+            outcome => return outcome,
         }
     }
-    outcome
+    Err(missing.unwrap_or_else(|| nothing_tried(&args.database)))
 }
 
 #[derive(Serialize)]

@@ -59,22 +59,32 @@ pub async fn run(args: RestoreArgs) -> Result<(), Failure> {
     let when = parse_when(&args.at)?;
     let store = args.source.open().await?;
     let bar = Bar::new();
-    let options = RestoreOptions { force: args.force };
-    let log = args.source.log;
-    let mut outcome = Err(nothing_tried(&args.database));
-    for name in candidate_names(&args.database)? {
-        let show = |progress| bar.show(progress);
-        outcome = restore::restore(&store, &name, log, when, &args.output, &options, &show)
-            .await
-            .map(|restored| (name, restored));
-        if !matches!(outcome, Err(RestoreError::NoSuchDatabase { .. })) {
-            break;
-        }
-    }
+    let outcome = restore_by_any_name(&args, &store, when, &bar).await;
     bar.finish();
     let (name, restored) = outcome.map_err(failure)?;
     println!("{}", describe(&name, &restored, &args.output));
     Ok(())
+}
+
+async fn restore_by_any_name(
+    args: &RestoreArgs,
+    store: &Arc<dyn Store>,
+    when: When,
+    bar: &Bar,
+) -> Result<(String, Restored), RestoreError> {
+    let options = RestoreOptions { force: args.force };
+    let (log, output) = (args.source.log, &args.output);
+    let show = |progress| bar.show(progress);
+    let mut missing = None;
+    for name in candidate_names(&args.database) {
+        match restore::restore(store, &name, log, when, output, &options, &show).await {
+            Ok(restored) => return Ok((name, restored)),
+            // The error names what was typed, not the last thing that was tried.
+            Err(error @ RestoreError::NoSuchDatabase { .. }) => missing = missing.or(Some(error)),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(missing.unwrap_or_else(|| nothing_tried(&args.database)))
 }
 
 fn describe(name: &str, restored: &Restored, output: &Path) -> String {
@@ -119,20 +129,20 @@ pub fn parse_when(text: &str) -> Result<When, Failure> {
 
 /// The names that DB may mean, the likeliest first: as it stands, and as the path of a file, whose
 /// absolute form is the default name.
-pub fn candidate_names(database: &str) -> Result<Vec<String>, Failure> {
+pub fn candidate_names(database: &str) -> Vec<String> {
     let mut names = vec![database.to_owned()];
     let path = Path::new(database);
-    let absolute = std::path::absolute(path).context("find the working directory")?;
-    // The application may have been told another way to the same file.
-    let real = path.canonicalize().ok();
-    for path in std::iter::once(absolute).chain(real) {
+    // Without a working directory only the name as it stands can be meant. The last is there
+    // because the application may have been told another way to the same file.
+    let paths = [std::path::absolute(path).ok(), path.canonicalize().ok()];
+    for path in paths.into_iter().flatten() {
         if let Ok(name) = path.into_os_string().into_string()
             && !names.contains(&name)
         {
             names.push(name);
         }
     }
-    Ok(names)
+    names
 }
 
 /// The error of a search that had no name to search for.
@@ -329,6 +339,10 @@ pub(super) mod tests {
             ),
         ] {
             let failure = restore(&line).await.unwrap_err();
+            assert!(
+                !failure.message.contains("/other"),
+                "not what was typed: {failure:?}"
+            );
             assert_eq!(failure.status, status, "{line:?}: {}", failure.message);
             assert!(!Path::new(&fresh).exists(), "{line:?}");
         }
@@ -363,12 +377,12 @@ pub(super) mod tests {
     #[test]
     fn a_database_is_looked_for_by_name_and_then_by_path() {
         // Broken: `durovfs restore app.db` beside the file would not find its database.
-        let names = candidate_names("some/app.db").unwrap();
+        let names = candidate_names("some/app.db");
         assert_eq!(names[0], "some/app.db");
         assert!(
             names[1].starts_with('/') && names[1].ends_with("/some/app.db"),
             "{names:?}"
         );
-        assert_eq!(candidate_names("/x/app.db").unwrap(), ["/x/app.db"]);
+        assert_eq!(candidate_names("/x/app.db"), ["/x/app.db"]);
     }
 }
