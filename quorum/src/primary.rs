@@ -251,6 +251,12 @@ impl Primary {
         );
         // Entries leave a journal only when they are archived, so all before the first is.
         let gone_lsn = local.first_lsn.previous().unwrap_or(Lsn::ZERO);
+        assert!(
+            gone_lsn <= local.last.lsn,
+            "local log begins at lsn={} but ends at {}",
+            local.first_lsn,
+            local.last
+        );
         let commit_lsn = local.commit_lsn.min(local.last.lsn).max(gone_lsn);
         let nodes = membership
             .nodes

@@ -119,6 +119,10 @@ impl Primary {
             self.history.truncate_after(Lsn::ZERO);
             self.history.note_entry(start);
             self.last = start;
+            // From now on the own log lacks what is archived, also if this fetch fails and another
+            // quorum, which heard less of the archive, is recovered from.
+            self.archive_lsn_heard = self.archive_lsn_heard.max(start.lsn);
+            self.raise_commit(start.lsn);
         }
         if promise.last.lsn == start.lsn {
             self.follow(&promise);

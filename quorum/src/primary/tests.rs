@@ -549,8 +549,13 @@ fn a_primary_far_behind_restarts_its_log_at_the_archive() {
     let got = effects(&mut primary);
     assert_eq!(got[0], PrimaryEffect::RestartOwnLog { at: at(2, 60) });
     assert!(
-        matches!(&got[1], PrimaryEffect::Fetch { first_lsn, .. } if *first_lsn == Lsn::new(61)),
+        matches!(&got[2], PrimaryEffect::Fetch { first_lsn, .. } if *first_lsn == Lsn::new(61)),
         "{got:?}"
+    );
+    assert_eq!(
+        (primary.commit_lsn(), primary.archive_lsn()),
+        (Lsn::new(60), Lsn::new(60)),
+        "the own log begins there, whatever becomes of the fetch"
     );
     primary.handle_recovered(at(2, 65), runs(&[(2, 60)]));
     assert_eq!(
