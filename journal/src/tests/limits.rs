@@ -202,8 +202,7 @@ fn a_failed_batch_never_comes_back_behind_its_successor() {
         let failing = (2..6)
             .map(|lsn| transaction(1, 1, lsn, vec![1; 800]))
             .collect();
-        disk.fail_after(operation);
-        assert!(write(&journal, failing).is_err());
+        assert!(write_failing(&journal, &disk, operation, failing).is_err());
         write(&journal, vec![transaction(1, 1, 2, vec![2; 800])]).unwrap();
         // Before a mark could take the place of what follows.
         let found = open(&disk.copy());
@@ -227,14 +226,13 @@ fn after_a_failed_cut_nothing_builds_on_it() {
     )
     .unwrap();
     // The other log: lsn 3 of epoch 2 after lsn 2. Its truncation fails, what follows is in flight.
-    disk.fail_after(0);
     let cut = vec![
         promise(1, 2),
         truncate(1, 1, 2),
         start(1, 2, 3, Some(summary(1, 2))),
     ];
     assert!(matches!(
-        write(&journal, cut.clone()),
+        write_failing(&journal, &disk, 0, cut.clone()),
         Err(JournalError::Io { .. })
     ));
     assert!(journal.trouble().unwrap().contains("injected fault"));
@@ -254,8 +252,7 @@ fn after_a_failed_cut_nothing_builds_on_it() {
     assert_eq!(journal.state(database(1)).unwrap().last, position(2, 3));
     write(&journal, vec![transaction(1, 2, 4, vec![])]).unwrap();
     // Or by saying so.
-    disk.fail_after(0);
-    assert!(write(&journal, vec![promise(1, 3)]).is_err());
+    assert!(write_failing(&journal, &disk, 0, vec![promise(1, 3)]).is_err());
     assert!(write(&journal, vec![transaction(1, 2, 5, vec![])]).is_err());
     journal.resume(database(1));
     write(&journal, vec![transaction(1, 2, 5, vec![])]).unwrap();
@@ -292,4 +289,28 @@ fn archived_history_is_bounded_and_the_rest_is_kept() {
     assert_eq!(state.history.len() as u64, 301 - first);
     drop(journal);
     assert_eq!(open(&disk).databases(), vec![state]);
+}
+
+/// Broken if this fails: the same, when the truncation only waited behind what failed.
+#[test]
+fn a_cut_that_waited_behind_a_failure_is_not_built_on_either() {
+    let disk = MemoryDisk::default();
+    let journal = open(&disk);
+    let first: Vec<Record> = (2..5).map(|lsn| transaction(1, 1, lsn, vec![])).collect();
+    write(
+        &journal,
+        [vec![promise(1, 1), start(1, 1, 1, None)], first].concat(),
+    )
+    .unwrap();
+    let appends = vec![
+        vec![transaction(1, 1, 5, vec![])],
+        vec![truncate(1, 1, 2), start(1, 2, 3, Some(summary(1, 2)))],
+    ];
+    let results = write_together(&journal, appends, || disk.fail_after(0));
+    assert!(results.iter().all(Result::is_err), "{results:?}");
+    let later = write(&journal, vec![start(1, 3, 5, None)]);
+    assert!(
+        matches!(later, Err(JournalError::Refused { .. })),
+        "{later:?}"
+    );
 }

@@ -332,3 +332,16 @@ fn garbage_anywhere_is_cut_or_reported_but_never_believed() {
     }
     assert!(cut > 20 && reported > 20, "{cut} cut, {reported} reported");
 }
+
+/// Broken if this fails: a node that was killed says after its restart that it holds entries which
+/// are in the system's cache only, and loses them when the power goes.
+#[test]
+fn what_a_restarted_journal_reports_is_on_disk() {
+    let disk = MemoryDisk::default();
+    let (killed, _) = Journal::open_on(Arc::new(disk.clone()), options(false)).unwrap();
+    write(&killed, vec![promise(1, 1), start(1, 1, 1, None)]).unwrap();
+    let restarted = open(&disk);
+    assert_eq!(restarted.state(database(1)).unwrap().last, position(1, 1));
+    let found = open(&disk.crash(&mut |_| 0));
+    assert_eq!(found.state(database(1)).unwrap().last, position(1, 1));
+}

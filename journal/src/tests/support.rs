@@ -147,3 +147,41 @@ pub fn read(journal: &Journal, number: u8, first: u64, last: u64) -> Vec<EntryPa
         .unwrap();
     parts.map(Result::unwrap).collect()
 }
+
+/// Appends that wait together while `prepare` runs, so that nothing comes between; their results.
+pub fn write_together(
+    journal: &Journal,
+    appends: Vec<Vec<Record>>,
+    prepare: impl FnOnce(),
+) -> Vec<Result<(), JournalError>> {
+    let (held, is_held) = mpsc::channel();
+    let (go, wait) = mpsc::channel();
+    let hold = move |_| {
+        held.send(()).unwrap();
+        wait.recv().unwrap();
+    };
+    journal.append(Vec::new(), Box::new(hold));
+    is_held.recv().unwrap();
+    prepare();
+    let (sender, receiver) = mpsc::channel();
+    for records in appends {
+        let sender = sender.clone();
+        journal.append(
+            records,
+            Box::new(move |result| sender.send(result).unwrap()),
+        );
+    }
+    drop(sender);
+    go.send(()).unwrap();
+    receiver.iter().collect()
+}
+
+/// What becomes of an append when a disk operation fails, `after` so many.
+pub fn write_failing(
+    journal: &Journal,
+    disk: &MemoryDisk,
+    after: u64,
+    records: Vec<Record>,
+) -> Result<(), JournalError> {
+    write_together(journal, vec![records], || disk.fail_after(after)).remove(0)
+}
