@@ -144,7 +144,10 @@ fn the_table_of_replicas_is_there_and_says_why_it_has_no_rows() {
         .unwrap();
     let said = text(&output);
     assert!(said.starts_with("8\n"), "{said}");
-    assert!(said.contains("the main database is not protected"), "{said}");
+    assert!(
+        said.contains("the main database is not protected"),
+        "{said}"
+    );
 }
 
 #[test]

@@ -379,6 +379,107 @@ fn a_certificate_of_another_cluster_fails_at_once_with_one_line() {
     assert!(started.elapsed() < PATIENT.unwrap() / 2);
 }
 
+/// Numbers that look random and come again with the same seed (xorshift).
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % bound
+    }
+}
+
+fn seed() -> u64 {
+    let given = std::env::var("DUROVFS_SEED")
+        .ok()
+        .map(|text| text.parse().unwrap());
+    let seed = given.unwrap_or_else(|| u64::from(std::process::id()) * 2_654_435_761 + 1);
+    println!("DUROVFS_SEED={seed}");
+    seed
+}
+
+/// Commits once in a random way; what was unknown is asked for until it is known.
+fn commit_somehow(client: &Client, dice: &mut Dice, database: DatabaseId) -> (Origin, bool) {
+    let origin = client.next_origin();
+    let size = [4_104, 40_000, 900_000][dice.below(3) as usize];
+    let payload = Bytes::from(vec![1; size]);
+    if dice.below(4) == 0
+        && client
+            .send_pages(database, origin, page_size(), payload.clone())
+            .is_err()
+    {
+        client.abort(database, origin);
+        return (origin, false);
+    }
+    let timeout = Some(Duration::from_millis(100 + dice.below(900)));
+    let mut outcome = client.commit(database, header(origin), payload, timeout);
+    while let CommitOutcome::Unknown { .. } = outcome {
+        outcome = client.resolve(database, origin, Lsn::new(1), timeout);
+    }
+    (origin, is_committed(&outcome))
+}
+
+#[test]
+fn no_commit_is_lost_or_brought_to_life_whatever_breaks() {
+    // Broken if not: what an application was told of a commit and what is in the log differ. The
+    // sidecar dies, forgets, says nothing, and gives up streams at random; it panics by itself when
+    // a commit is sent twice.
+    let mut dice = Dice(seed());
+    let mut sidecar = FakeSidecar::start();
+    let client = client(&sidecar);
+    let modes = [
+        Mode::Answer,
+        Mode::Answer,
+        Mode::CommitAndDie,
+        Mode::LoseAndDie,
+        Mode::Silent,
+        Mode::CommitAndResetStream,
+        Mode::Progress(20),
+    ];
+    let told = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..3)
+            .map(|worker| {
+                let (client, mut dice) = (&client, Dice(dice.below(u64::MAX) + 1));
+                scope.spawn(move || {
+                    let database = opened(client, &format!("db{worker}"));
+                    let commits = 0..25;
+                    commits
+                        .map(|_| commit_somehow(client, &mut dice, database))
+                        .collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        while !workers.iter().all(|worker| worker.is_finished()) {
+            sidecar.set_mode(modes[dice.below(modes.len() as u64) as usize]);
+            std::thread::sleep(Duration::from_millis(dice.below(80)));
+            if sidecar.has_died() {
+                sidecar.await_death();
+                sidecar.run();
+            } else if dice.below(10) == 0 {
+                sidecar.kill();
+                sidecar.run();
+            }
+        }
+        workers
+            .into_iter()
+            .flat_map(|worker| worker.join().unwrap())
+            .collect::<Vec<_>>()
+    });
+    let committed = &sidecar.state().committed;
+    let in_log = told.iter().filter(|(_, was_told)| *was_told).count();
+    assert!(
+        in_log > 0 && in_log < told.len(),
+        "{in_log} of {}: nothing was tried",
+        told.len()
+    );
+    for (origin, was_told) in &told {
+        assert_eq!(committed.contains_key(origin), *was_told, "{origin:?}");
+    }
+    assert_eq!(committed.len(), in_log);
+}
+
 #[test]
 fn a_child_after_a_fork_commits_under_an_id_of_its_own() {
     // Broken if not: a pre-forking server hangs, or two processes commit under one id.

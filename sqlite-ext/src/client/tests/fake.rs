@@ -161,6 +161,13 @@ impl FakeSidecar {
         life.thread.join().unwrap();
     }
 
+    /// Whether the life ended by its mode.
+    pub fn has_died(&self) -> bool {
+        self.life
+            .as_ref()
+            .is_some_and(|life| life.thread.is_finished())
+    }
+
     /// Waits until the life ended by its mode.
     pub fn await_death(&mut self) {
         self.life.take().unwrap().thread.join().unwrap();
