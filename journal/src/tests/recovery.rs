@@ -131,7 +131,7 @@ fn a_batch_that_was_never_synced_may_be_torn_anywhere() {
         let disk = disk.copy();
         let range = *offset as usize..(offset + length) as usize;
         disk.edit(&name, |bytes| bytes[range].fill(0));
-        let lsn = last_lsn(&disk);
+        let lsn = last_lsn(&disk.copy());
         assert_eq!(lsn, index as u64 - 1);
         // The good records behind the hole must not come back when the hole is filled again.
         let journal = open(&disk);
@@ -340,8 +340,12 @@ fn what_a_restarted_journal_reports_is_on_disk() {
     let disk = MemoryDisk::default();
     let (killed, _) = Journal::open_on(Arc::new(disk.clone()), options(false)).unwrap();
     write(&killed, vec![promise(1, 1), start(1, 1, 1, None)]).unwrap();
+    for lsn in 2..20 {
+        write(&killed, vec![transaction(1, 1, lsn, vec![1; 9000])]).unwrap();
+    }
+    assert!(killed.usage().segment_count > 2);
     let restarted = open(&disk);
-    assert_eq!(restarted.state(database(1)).unwrap().last, position(1, 1));
+    assert_eq!(restarted.state(database(1)).unwrap().last, position(1, 19));
     let found = open(&disk.crash(&mut |_| 0));
-    assert_eq!(found.state(database(1)).unwrap().last, position(1, 1));
+    assert_eq!(found.state(database(1)).unwrap().last, position(1, 19));
 }
