@@ -86,18 +86,29 @@ fn frame(number: u64, payload: usize) -> Frame {
 #[tokio::test]
 async fn frames_of_all_sizes_arrive_in_order_and_the_peer_is_known() {
     // Broken if not: every exchange of the product.
+    exchange(Profile::Auto).await;
+}
+
+#[tokio::test]
+async fn frames_arrive_with_the_packets_of_a_network_too() {
+    // Broken if not: a cluster of several machines, most of all its large transfers: packets that
+    // are found to be larger must still fit the system's calls.
+    exchange(Profile::Network).await;
+}
+
+async fn exchange(profile: Profile) {
     let (directory, authority) = cluster();
     let server = Endpoint::bind(
         ANY_PORT,
         &node(directory.path(), &authority, "primary"),
-        Profile::Auto,
+        profile,
     )
     .unwrap();
     let address = server.local_addr().unwrap();
     let _refusals = echo_server(server);
     let endpoint = Endpoint::client(
         &client(directory.path(), &authority, &["/srv/*.db"]),
-        Profile::Auto,
+        profile,
     )
     .unwrap();
     let connection = endpoint.connect(address, &name("primary")).await.unwrap();
