@@ -571,3 +571,17 @@ fn a_full_history_takes_no_further_epoch_until_the_archive_moves() {
         write()
     );
 }
+
+// If this failed, a recovering primary would count on entries that a power cut takes away.
+#[test]
+fn a_promise_tells_only_what_is_synced() {
+    let mut replica = holding(2);
+    assert_eq!(append(&mut replica, (1, 0, 0), at(1, 2), at(1, 3)), write());
+    replica.handle_claim(&host("p"), &claim(1, 1));
+    let [ReplicaMessage::Promised(repeated)] = &sent(&mut replica)[..] else {
+        panic!()
+    };
+    assert_eq!(repeated.last, at(1, 2));
+    replica.handle_part_persisted(at(1, 3), Epoch::new(1), true);
+    assert_eq!(acked(&mut replica), Some((1, 3)));
+}
