@@ -102,12 +102,13 @@ impl Checker {
             replica.flush_lsn(),
             replica.last()
         );
-        if disk
+        let restarts = disk
             .unsynced
             .iter()
-            .any(|record| matches!(record, Record::Restart(_)))
-        {
-            // The log that the disk still shows is already given up for the archive's.
+            .any(|record| matches!(record, Record::Restart(_)));
+        if restarts || replica.trouble().is_some() {
+            // The log that the disk still shows is already given up for the archive's, or the
+            // record that gives it up was lost; a replica in trouble is made anew from its disk.
             return;
         }
         let commit_lsn = replica.commit_lsn();

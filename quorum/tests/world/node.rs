@@ -266,6 +266,9 @@ impl World {
         else {
             return;
         };
+        if replica.trouble().is_some() {
+            return;
+        }
         let (commit_lsn, archive_lsn) = (replica.commit_lsn(), replica.archive_lsn());
         disk.unsynced.push_back(Record::Progress {
             commit_lsn,
