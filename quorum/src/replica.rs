@@ -298,9 +298,9 @@ impl Replica {
         self.send_promise();
     }
 
-    /// The journal could not write. What this replica tells of its log may not be on disk: the driver
-    /// persists no progress of it. No entry is taken and nothing is acked or promised any more;
-    /// the driver makes a new replica from the journal's state when it writes again.
+    /// The journal could not write. What this replica tells of its log may not be on disk, so the
+    /// driver persists no progress of it. No entry is taken and nothing is acked or promised any
+    /// more; the driver makes a new replica from the journal's state when it writes again.
     pub fn handle_trouble(&mut self, message: String) {
         if let Some(pending) = self.pending.take() {
             let reason = RejectReason::Storage {
