@@ -193,8 +193,8 @@ impl std::fmt::Debug for Authority {
     }
 }
 
-/// The subject is made from the key, so that a certificate of another cluster is told from a damaged
-/// one, and an authority that was read back issues under the name of its certificate.
+/// The subject is made from the key, so that a certificate of another cluster is told from a
+/// damaged one, and an authority that was read back issues under the name of its certificate.
 fn ca_params(key: &KeyPair) -> CertificateParams {
     let digest = ring::digest::digest(&ring::digest::SHA256, key.public_key_raw());
     let mut name = "durovfs cluster authority ".to_owned();

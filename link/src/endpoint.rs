@@ -88,9 +88,9 @@ impl Endpoint {
         })
     }
 
-    /// Connects to a node. Takes up to [`crate::IDLE_TIMEOUT`] when it does not answer. A node that does not
-    /// accept this side's certificate says so on the first use of the connection, not here: in
-    /// TLS 1.3 this side is done first.
+    /// Connects to a node. Takes up to [`crate::IDLE_TIMEOUT`] when it does not answer. A node that
+    /// does not accept this side's certificate says so on the first use of the connection, not
+    /// here: in TLS 1.3 this side is done first.
     ///
     /// # Errors
     /// When the node is not reached, or is not the one that `node` names.

@@ -12,8 +12,8 @@ use rustls::{CipherSuite, RootCertStore};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Largest certificate chain of this process: with the rest of a handshake flight it must stay below
-/// 16 KiB, the most that quinn can send in one packet of a handshake.
+/// Largest certificate chain of this process: with the rest of a handshake flight it must stay
+/// below 16 KiB, the most that quinn can send in one packet of a handshake.
 const MAX_CHAIN_BYTES: usize = 12 << 10;
 
 /// Certificate, key and authority of this process. Cheap to clone.

@@ -1,4 +1,4 @@
-//! The client's configuration: where the sidecar is, who this process is, which files are protected.
+//! The client's configuration: where the sidecar is, who this process is, what is protected.
 //!
 //! Looked for in this order: `DUROVFS_CONFIG`, `$XDG_CONFIG_HOME/durovfs/client.toml` (or
 //! `~/.config`), `/etc/durovfs/client.toml`, and that of the development cluster,

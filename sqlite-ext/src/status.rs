@@ -1,5 +1,5 @@
-//! The answers of the SQL functions, as values: the JSON of `durovfs_status()`, bookmarks, warnings.
-//! No pointers; `functions.rs` moves them in and out of SQLite.
+//! The answers of the SQL functions, as values: the JSON of `durovfs_status()`, bookmarks,
+//! warnings. No pointers; `lib.rs` moves them in and out of SQLite.
 
 use crate::client::Client;
 use durovfs_vfs::FileStatus;

@@ -341,9 +341,9 @@ impl Driver {
     }
 }
 
-/// Opens the shared stream, says who this is, and waits for the welcome. Before that nothing is sent
-/// that counts: with TLS 1.3 a sidecar may still refuse this side's certificate, and what was sent
-/// by then would have an unknown outcome where "not committed" is certain.
+/// Opens the shared stream, says who this is, and waits for the welcome. Before that nothing is
+/// sent that counts: with TLS 1.3 a sidecar may still refuse this side's certificate, and what was
+/// sent by then would have an unknown outcome where "not committed" is certain.
 async fn greet(
     connection: &Connection,
     hello: Frame,

@@ -202,7 +202,7 @@ impl Client {
             .name("durovfs".to_owned())
             .stack_size(STACK_BYTES);
         // The handle is dropped: the thread ends with the process, and nobody waits for it.
-        crate::signals::spawn_without_signals(builder, body)
+        crate::spawn_without_signals(builder, body)
             .map_err(|error| unreachable_error(format!("start the client's thread: {error}")))?;
         Ok(sender)
     }

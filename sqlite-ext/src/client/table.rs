@@ -423,8 +423,8 @@ fn with_timeout(mut message: ClientMessage, milliseconds: u64) -> ClientMessage 
     message
 }
 
-/// What a failure means for a commit. `resolving` tells whether the commit had been sent before: then
-/// a failure of the question says nothing of the commit.
+/// What a failure means for a commit. `resolving` tells whether the commit had been sent before:
+/// then a failure of the question says nothing of the commit.
 pub(super) fn outcome_of_failure(
     kind: FailureKind,
     reason: String,

@@ -181,7 +181,7 @@ fn without_a_sidecar_a_commit_is_certainly_not_committed_and_is_never_sent_later
 
 #[test]
 fn a_commit_that_nobody_answers_is_unknown_until_it_is_resolved() {
-    // Broken if not: "unknown" is turned into one of the other outcomes, which may be the wrong one.
+    // Broken if not: "unknown" is turned into another outcome, which may be the wrong one.
     let sidecar = FakeSidecar::start();
     let client = client(&sidecar);
     let database = opened(&client, "app");

@@ -282,19 +282,7 @@ impl Session {
                 known,
                 ..
             } => {
-                self.hear(Heard::Open);
-                let database = known.unwrap_or_else(|| database_of(&name));
-                self.state.lock().unwrap().opened.insert(database);
-                let (epoch, end) = (Epoch::new(1), LogPosition::new(Epoch::new(1), Lsn::new(1)));
-                let last_transaction = None;
-                self.say(SidecarMessage::Opened {
-                    request,
-                    database,
-                    epoch,
-                    end,
-                    last_transaction,
-                })
-                .await;
+                self.open(request, &name, known).await;
             }
             ClientMessage::Pages { sequence, .. } => {
                 self.hear(Heard::Pages(sequence));
@@ -341,6 +329,23 @@ impl Session {
             | ClientMessage::DatabaseStatus { .. }
             | ClientMessage::FindBookmark { .. } => panic!("not expected here"),
         }
+    }
+
+    async fn open(&mut self, request: u64, name: &str, known: Option<DatabaseId>) {
+        self.hear(Heard::Open);
+        let database = known.unwrap_or_else(|| database_of(name));
+        self.state.lock().unwrap().opened.insert(database);
+        let epoch = Epoch::new(1);
+        let end = LogPosition::new(epoch, Lsn::new(1));
+        let last_transaction = None;
+        self.say(SidecarMessage::Opened {
+            request,
+            database,
+            epoch,
+            end,
+            last_transaction,
+        })
+        .await;
     }
 
     fn resolve(&self, database: DatabaseId, origin: Origin) -> CommitOutcome {
