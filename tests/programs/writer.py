@@ -1,6 +1,6 @@
 """Commits rows one by one until it is killed, and tells what became of each.
 
-usage: writer.py EXTENSION DATABASE WRITER FIRST COUNT TIMEOUT_MS
+usage: writer.py EXTENSION DATABASE WRITER FIRST COUNT TIMEOUT_MS PAUSE_MS
 
 Row N of a writer is committed in one transaction with its count in the table "tally", so that half
 a transaction would show. Lines: "try N" before, then "ok N", "no N CODE" (certainly not committed) or
@@ -51,8 +51,8 @@ def commit(database, writer, n):
 
 
 def main():
-    extension, path, writer, first, count, timeout_ms = sys.argv[1:7]
-    writer, first, count, timeout_ms = int(writer), int(first), int(count), int(timeout_ms)
+    extension, path = sys.argv[1:3]
+    writer, first, count, timeout_ms, pause_ms = (int(word) for word in sys.argv[3:8])
     loader = sqlite3.connect(":memory:")
     loader.enable_load_extension(True)
     loader.load_extension(extension)
@@ -71,6 +71,8 @@ def main():
                 database = open_until_it_works(path, timeout_ms)
             elif database.in_transaction:
                 database.execute("ROLLBACK")
+        if pause_ms:
+            time.sleep(pause_ms / 1000)
 
 
 main()

@@ -17,6 +17,9 @@ pub const SCHEMA: &str = "CREATE TABLE rows (writer INTEGER, n INTEGER, payload 
                           PRIMARY KEY (writer, n)); \
                           CREATE TABLE tally (writer INTEGER PRIMARY KEY, n INTEGER NOT NULL);";
 
+/// Pause between the commits of a writer that leaves others time to write.
+const SLOW_PAUSE_MS: u64 = 20;
+
 /// What became of a commit, as the application was told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Told {
@@ -127,7 +130,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Starts a writer that commits rows from `first` on.
+    /// Starts a writer that commits rows from `first` on, as fast as it can.
     ///
     /// # Panics
     /// When it cannot be started.
@@ -139,11 +142,31 @@ impl Writer {
         count: u64,
         timeout: Duration,
     ) -> Self {
+        let numbers = [writer, first, count, timeout.as_millis() as u64, 0];
+        Self::start_with(cluster, database, numbers)
+    }
+
+    /// Starts a writer that never ends by itself, and leaves others time to write.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn start_slow(cluster: &Cluster, database: &Path, writer: u64, timeout: Duration) -> Self {
+        let numbers = [
+            writer,
+            1,
+            u64::MAX >> 16,
+            timeout.as_millis() as u64,
+            SLOW_PAUSE_MS,
+        ];
+        Self::start_with(cluster, database, numbers)
+    }
+
+    fn start_with(cluster: &Cluster, database: &Path, numbers: [u64; 5]) -> Self {
         let mut child = Command::new(PYTHON)
             .arg(program("writer.py"))
             .arg(&binaries().extension)
             .arg(database)
-            .args([writer, first, count, timeout.as_millis() as u64].map(|n| n.to_string()))
+            .args(numbers.map(|number| number.to_string()))
             .env("DUROVFS_CONFIG", cluster.client_config())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -170,6 +193,21 @@ impl Writer {
     /// When it said something that is no outcome.
     pub fn so_far(&self) -> Outcomes {
         self.outcomes.lock().expect("outcomes").clone()
+    }
+
+    /// Waits until it has tried its first row.
+    ///
+    /// # Panics
+    /// When that takes longer than `limit`.
+    pub fn wait_begun(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        while self.so_far().told.is_empty() {
+            assert!(
+                Instant::now() < deadline,
+                "the writer does not begin within {limit:?}"
+            );
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Waits until it has committed this many rows.

@@ -21,11 +21,15 @@ fn a_killed_application_loses_nothing_that_it_was_told() {
     let database = cluster.scratch().join("app.db");
     create_tables(&cluster, &database, 2);
     let mut killed = Outcomes::default();
-    let mut steady = Writer::start(&cluster, &database, 2, 1, ENDLESS, TIMEOUT);
+    let mut steady = Writer::start_slow(&cluster, &database, 2, TIMEOUT);
     for round in 1..=kill_count() {
         let first = killed.next_row();
         let writer = Writer::start(&cluster, &database, 1, first, ENDLESS, TIMEOUT);
-        std::thread::sleep(seeded.between(Duration::from_millis(30), Duration::from_millis(500)));
+        // Mostly while it writes, now and then while it loads and opens.
+        if seeded.below(5) > 0 {
+            writer.wait_begun(LIMIT);
+        }
+        std::thread::sleep(seeded.between(Duration::ZERO, Duration::from_millis(250)));
         killed.extend(writer.kill());
         // Every tenth time nobody else has the database open: the next one opens what was left.
         if round % 10 == 0 {

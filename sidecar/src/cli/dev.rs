@@ -5,7 +5,7 @@
 
 mod node;
 
-use super::ask::Asker;
+use super::ask::{ANSWER_TIMEOUT, Asker};
 use super::init::node_config;
 use super::layout::{self, ClientEntry};
 use super::{EXIT_USAGE, Failure};
@@ -30,6 +30,8 @@ const PRIMARY: &str = "primary";
 const MAX_REPLICAS: i64 = 15;
 /// How often the nodes are looked at.
 const WATCH_INTERVAL: Duration = Duration::from_millis(200);
+/// Limit of the first attempt to reach a node that was just started.
+const FIRST_CONNECT_LIMIT: Duration = Duration::from_millis(100);
 /// Longest wait for a node to answer: it reads its journal first, at some hundred MB/s.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// The primary finishes commits in flight and uploads the open chunk.
@@ -288,6 +290,9 @@ async fn start_all(directory: &Path, nodes: &mut [DevNode]) -> Result<(), Failur
 async fn wait_for_answer(directory: &Path, node: &mut DevNode) -> Result<(), Failure> {
     let config = client_of(directory, node)?;
     let deadline = tokio::time::Instant::now() + START_TIMEOUT;
+    // Short at first, as the first packet may come before the node listens; longer each time, as on
+    // a busy machine a handshake takes its time.
+    let mut limit = FIRST_CONNECT_LIMIT;
     loop {
         if let Some(end) = node.ended() {
             let problem = format!(
@@ -297,7 +302,7 @@ async fn wait_for_answer(directory: &Path, node: &mut DevNode) -> Result<(), Fai
             );
             return Err(anyhow::anyhow!(problem).into());
         }
-        match Asker::connect(&config, WATCH_INTERVAL).await {
+        match Asker::connect(&config, limit).await {
             Ok(asker) => {
                 asker.close().await;
                 return Ok(());
@@ -308,8 +313,10 @@ async fn wait_for_answer(directory: &Path, node: &mut DevNode) -> Result<(), Fai
                     ..failure
                 });
             }
-            Err(_) => tokio::time::sleep(WATCH_INTERVAL / 4).await,
+            Err(_) => limit = (2 * limit).min(ANSWER_TIMEOUT),
         }
+        // An attempt that failed at once must not become a busy loop.
+        tokio::time::sleep(FIRST_CONNECT_LIMIT / 5).await;
     }
 }
 
