@@ -507,8 +507,8 @@ unsafe extern "C" fn x_column(
             .rows
             .get(scan.row)
             .and_then(|row| replicas::column(row, index));
-        // SAFETY: SQLite's own context; it copies the text.
         match value {
+            // SAFETY: SQLite's own context; it copies the text.
             Some(replicas::Value::Text(text)) => unsafe {
                 let length = length_of(text);
                 api.result_text(context, text.as_ptr().cast(), length, TRANSIENT);

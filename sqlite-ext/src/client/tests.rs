@@ -172,7 +172,7 @@ fn without_a_sidecar_a_commit_is_certainly_not_committed_and_is_never_sent_later
         };
         assert!(reason.contains("primary at 127.0.0.1"), "{reason}");
     }
-    assert!(started.elapsed() < 4 * BRIEF.unwrap());
+    assert!(started.elapsed() < 10 * BRIEF.unwrap());
     sidecar.run();
     let database = opened(&client, "app");
     assert!(is_committed(&commit(&client, database, PATIENT)));
@@ -195,7 +195,7 @@ fn a_commit_that_nobody_answers_is_unknown_until_it_is_resolved() {
             matches!(outcome, CommitOutcome::Unknown { .. }),
             "{outcome:?}"
         );
-        assert!(started.elapsed() >= BRIEF.unwrap() && started.elapsed() < 3 * BRIEF.unwrap());
+        assert!(started.elapsed() >= BRIEF.unwrap() && started.elapsed() < 6 * BRIEF.unwrap());
         let outcome = client.resolve(database, origin, Lsn::new(1), PATIENT);
         assert!(
             matches!(outcome, CommitOutcome::NotCommitted { .. }),
