@@ -6,7 +6,7 @@ use crate::connection::{Connection, LogLevel};
 use crate::error::{Refusal, RefusalKind};
 use crate::file::BaseFile;
 use crate::mark::{InFlight, KnownTransaction, MarkState, WalPosition};
-use crate::survey::checksum_of_file;
+use crate::survey::{Content, DatabaseHeader};
 use crate::wal_tap::Completion;
 use bytes::Bytes;
 use durovfs_wire::client::CommitOutcome;
@@ -56,11 +56,19 @@ impl Connection {
         }
         let line = format!("{}: scan, its stamp does not match", self.path.display());
         (self.surroundings.log)(LogLevel::Info, &line);
-        let found = checksum_of_file(self.database.as_ref(), last, &self.table)?;
-        if found != last.checksum {
+        let header = DatabaseHeader {
+            page_size: last.page_size,
+            page_count: last.page_count,
+        };
+        let content = Content {
+            database: self.database.as_ref(),
+            wal: None,
+            header,
+        };
+        if !content.is_as_marked(last, &self.table)? {
             return Err(foreign(&format!(
-                "checksum of the file is {found}, at {} it was {}",
-                last.position, last.checksum
+                "the file is not as it was at {}",
+                last.position
             )));
         }
         self.mark.stamp()

@@ -99,6 +99,8 @@ pub struct Connection {
     pub(crate) acknowledged: Option<Acknowledged>,
     /// Why the open rollback-mode transaction cannot be committed, found when it began.
     pub(crate) rollback_refusal: Option<Refusal>,
+    /// A commit of rollback mode was refused: SQLite plays its journal back next.
+    pub(crate) expects_playback: bool,
     pub(crate) must_roll_forward: bool,
     pub(crate) poisoned: Option<String>,
     pub(crate) last_error: String,
@@ -132,6 +134,7 @@ impl Connection {
             database_touched: false,
             acknowledged: None,
             rollback_refusal: None,
+            expects_playback: false,
             must_roll_forward: false,
             poisoned: None,
             last_error: String::new(),

@@ -70,6 +70,9 @@ macro_rules! slots {
     };
 }
 
+// What hosts are told apart by, and a version before it is known that the table is long enough.
+const LIBVERSION_NUMBER_SLOT: usize = 67;
+const VFS_REGISTER_SLOT: usize = 142;
 const LOG_SLOT: usize = 167;
 const MPRINTF_SLOT: usize = 69;
 
@@ -186,7 +189,9 @@ impl Api {
         // The version's slot is older than any host; what lies behind the table of a host older
         // than 3.37 must not be read.
         // SAFETY: by the caller's promise the table has this slot.
-        if unsafe { api.raw(67) }.is_none() || unsafe { api.libversion_number() } < 3_037_000 {
+        if unsafe { api.raw(LIBVERSION_NUMBER_SLOT) }.is_none()
+            || unsafe { api.libversion_number() } < 3_037_000
+        {
             return None;
         }
         // SAFETY: every index is below the end of a 3.37 table.
@@ -217,7 +222,7 @@ impl Api {
     /// What tells hosts of one process apart: where their `sqlite3_vfs_register` is.
     pub fn host_key(&self) -> usize {
         // SAFETY: `new` found the slot filled.
-        (unsafe { self.slot(142) }) as usize
+        (unsafe { self.slot(VFS_REGISTER_SLOT) }) as usize
     }
 
     /// Writes a line to the host's error log (`sqlite3_log`).

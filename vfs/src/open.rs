@@ -321,7 +321,7 @@ impl Opener<'_> {
     fn compare(
         &self,
         content: &Content<'_>,
-        existing: Option<(Mark, MarkState)>,
+        mut existing: Option<(Mark, MarkState)>,
         wal: Option<(&dyn BaseFile, &WalSurvey)>,
     ) -> Result<Next, Refusal> {
         let position = committed_end(wal);
@@ -333,6 +333,17 @@ impl Opener<'_> {
         }
         let line = format!("{}: scan the whole file", self.path.display());
         (self.surroundings.log)(LogLevel::Info, &line);
+        if let Some((mut mark, mut state)) = existing {
+            if let Some(last) = state.last
+                && content.is_as_marked(&last, &mark.page_table())?
+            {
+                state.wal = position;
+                mark.write(&state)?;
+                mark.stamp()?;
+                return self.level_or_forward(Some((mark, state)), wal);
+            }
+            existing = Some((mark, state));
+        }
         let table = existing
             .as_ref()
             .map(|(mark, state)| (mark.page_table(), state.page_count()));

@@ -11,7 +11,7 @@ use crate::connection::{Acknowledged, Connection};
 use crate::error::Refusal;
 use crate::mark::{KnownTransaction, MarkState};
 use crate::page_table::PageChanges;
-use crate::survey::{DatabaseHeader, is_lock_page};
+use crate::survey::{Content, DatabaseHeader, is_lock_page};
 use durovfs_wire::entry::PayloadBuilder;
 use durovfs_wire::{CommitHeader, DatabaseChecksum, PageChecksum, PageNo, Timestamp};
 
@@ -35,15 +35,12 @@ impl Connection {
         }
     }
 
-    /// A write to the database file.
+    /// A write to the database file. None is refused: SQLite must be able to play its journal back.
     ///
     /// # Errors
-    /// A refusal found when the transaction began.
+    /// The file's own.
     pub fn write_database(&mut self, offset: u64, data: &[u8]) -> Result<(), Refusal> {
         if !self.in_checkpoint {
-            if let Some(refusal) = self.rollback_refusal.clone() {
-                return Err(self.noted(refusal));
-            }
             let length = self.dirty.entry(offset).or_default();
             *length = (*length).max(data.len() as u64);
         }
@@ -59,8 +56,14 @@ impl Connection {
         if self.dirty.is_empty() || self.in_checkpoint {
             return Ok(());
         }
+        let plays_back = std::mem::take(&mut self.expects_playback);
+        if plays_back && self.rollback_refusal.is_some() {
+            // What the journal brings back is not in the page table: that was the refusal's reason.
+            return Ok(());
+        }
         let result = self.try_commit_database();
         if result.is_err() {
+            self.expects_playback = true;
             self.abort_origin();
         }
         result.map_err(|refusal| self.noted(refusal))
@@ -68,8 +71,6 @@ impl Connection {
 
     fn try_commit_database(&mut self) -> Result<(), Refusal> {
         let mut base = self.mark.read()?;
-        self.settle(&mut base)
-            .inspect_err(|_| self.must_roll_forward = false)?;
         let Some(header) = DatabaseHeader::read(self.database.as_ref())? else {
             return match base.page_count() {
                 0 => Ok(()),
@@ -79,40 +80,71 @@ impl Connection {
         let whole_image = base
             .last
             .is_none_or(|last| last.page_size != header.page_size);
+        let changes = self.changed_pages(&base, &header, whole_image)?;
+        if header.page_count == base.page_count()
+            && !self.is_transaction(header, whole_image, &changes)?
+        {
+            return Ok(());
+        }
+        self.check_not_poisoned()?;
+        if let Some(refusal) = self.rollback_refusal.clone() {
+            return Err(refusal);
+        }
+        self.settle(&mut base)
+            .inspect_err(|_| self.must_roll_forward = false)?;
+        self.submit_pages(&base, &header, whole_image, changes)
+    }
+
+    /// Whether these changes are more than a journal that was played back. SQLite does not journal
+    /// what stands on free pages, so that playing back leaves other bytes there than it found.
+    fn is_transaction(
+        &self,
+        header: DatabaseHeader,
+        whole_image: bool,
+        changes: &PageChanges,
+    ) -> Result<bool, Refusal> {
+        if whole_image || changes.is_empty() {
+            return Ok(!changes.is_empty());
+        }
+        let content = Content {
+            database: self.database.as_ref(),
+            wal: None,
+            header,
+        };
+        let free = content.free_pages()?;
+        Ok(!changes.keys().all(|page_no| free.contains(page_no)))
+    }
+
+    /// Pages that were written and are not as the page table has them.
+    fn changed_pages(
+        &self,
+        base: &MarkState,
+        header: &DatabaseHeader,
+        whole_image: bool,
+    ) -> Result<PageChanges, Refusal> {
         let mut changes = PageChanges::new();
-        let mut builder = PayloadBuilder::default();
         let mut image = vec![0u8; header.page_size.get()];
         let pages: Box<dyn Iterator<Item = u32>> = if whole_image {
             Box::new(1..=header.page_count)
         } else {
             Box::new(self.dirty_pages(header.page_size.get() as u64).into_iter())
         };
-        for number in pages.filter(|n| *n <= header.page_count) {
-            let Some(page_no) = PageNo::new(number) else {
-                continue;
-            };
+        for page_no in pages
+            .filter(|n| *n <= header.page_count)
+            .filter_map(PageNo::new)
+        {
             if is_lock_page(page_no, header.page_size) {
                 continue;
             }
             self.database
                 .read_at(&mut image, page_no.file_offset(header.page_size))?;
             let checksum = PageChecksum::of(page_no, &image);
-            if !whole_image && number <= base.page_count() && self.table.read(page_no)? == checksum
-            {
-                continue;
+            let known = !whole_image && page_no.get() <= base.page_count();
+            if !known || self.table.read(page_no)? != checksum {
+                changes.insert(page_no, checksum);
             }
-            if !builder.has_room(header.page_size) {
-                self.check_not_poisoned()?;
-                self.stream_pages(&base, header.page_size, builder.take())?;
-            }
-            builder.push(changes.len() as u32, page_no, &image);
-            changes.insert(page_no, checksum);
         }
-        if changes.is_empty() && header.page_count == base.page_count() {
-            return Ok(());
-        }
-        self.check_not_poisoned()?;
-        self.submit_pages(&base, &header, whole_image, changes, &mut builder)
+        Ok(changes)
     }
 
     fn submit_pages(
@@ -121,12 +153,21 @@ impl Connection {
         header: &DatabaseHeader,
         whole_image: bool,
         changes: PageChanges,
-        builder: &mut PayloadBuilder,
     ) -> Result<(), Refusal> {
         let DatabaseHeader {
             page_size,
             page_count,
         } = *header;
+        let mut builder = PayloadBuilder::default();
+        let mut image = vec![0u8; page_size.get()];
+        for (slot, page_no) in changes.keys().enumerate() {
+            if !builder.has_room(page_size) {
+                self.stream_pages(base, page_size, builder.take())?;
+            }
+            self.database
+                .read_at(&mut image, page_no.file_offset(page_size))?;
+            builder.push(slot as u32, *page_no, &image);
+        }
         let old_count = if whole_image { 0 } else { base.page_count() };
         let before = if whole_image {
             DatabaseChecksum::EMPTY
@@ -202,6 +243,7 @@ impl Connection {
     pub fn before_unlock(&mut self) {
         self.dirty.clear();
         self.rollback_refusal = None;
+        self.expects_playback = false;
         if self.acknowledged.take().is_some() {
             let message = "a commit is acknowledged, and SQLite rolled it back here";
             self.poison(message);

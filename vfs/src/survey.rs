@@ -7,7 +7,7 @@ use crate::mark::{KnownTransaction, WalPosition};
 use crate::page_table::{PageChanges, PageTable};
 use durovfs_wire::wal::{FRAME_HEADER_BYTES, FrameHeader, WAL_HEADER_BYTES, WalHeader};
 use durovfs_wire::{DatabaseChecksum, PageChecksum, PageNo, PageSize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// SQLite takes its locks on the byte at this offset, and never uses the page that holds it.
 const LOCK_BYTE: u64 = 0x4000_0000;
@@ -239,25 +239,58 @@ impl<'a> Content<'a> {
         })?;
         Ok((sum, pages))
     }
-}
 
-/// Checksum of the first pages of a database file whose WAL counts no more.
-///
-/// # Errors
-/// When it cannot be read.
-pub fn checksum_of_file(
-    database: &dyn BaseFile,
-    last: &KnownTransaction,
-    table: &PageTable,
-) -> Result<DatabaseChecksum, Refusal> {
-    let header = DatabaseHeader {
-        page_size: last.page_size,
-        page_count: last.page_count,
-    };
-    let content = Content {
-        database,
-        wal: None,
-        header,
-    };
-    Ok(content.checksums(Some((table, last.page_count)))?.0)
+    /// Pages on SQLite's list of free pages that are no trunks of it: what stands on them is of no
+    /// meaning (<https://sqlite.org/fileformat2.html>, 1.5).
+    ///
+    /// # Errors
+    /// When a page cannot be read.
+    pub fn free_pages(&self) -> Result<BTreeSet<PageNo>, Refusal> {
+        let mut free = BTreeSet::new();
+        let mut image = vec![0u8; self.header.page_size.get()];
+        let word = |image: &[u8], at: usize| {
+            u32::from_be_bytes([image[at], image[at + 1], image[at + 2], image[at + 3]])
+        };
+        let Some(first) = PageNo::new(1) else {
+            return Ok(free);
+        };
+        self.read_page(first, &mut image)?;
+        let mut trunk = PageNo::new(word(&image, 32));
+        // A damaged list may be a ring: no list has more trunks than the database has pages.
+        for _ in 0..self.header.page_count {
+            let Some(page_no) = trunk.filter(|p| p.get() <= self.header.page_count) else {
+                break;
+            };
+            self.read_page(page_no, &mut image)?;
+            let count = (word(&image, 4) as usize).min(image.len() / 4 - 2);
+            free.extend((0..count).filter_map(|leaf| PageNo::new(word(&image, 8 + leaf * 4))));
+            trunk = PageNo::new(word(&image, 0));
+        }
+        Ok(free)
+    }
+
+    /// Whether this is what the mark and its page table say, but for free pages.
+    ///
+    /// # Errors
+    /// When a page cannot be read.
+    pub fn is_as_marked(
+        &self,
+        last: &KnownTransaction,
+        table: &PageTable,
+    ) -> Result<bool, Refusal> {
+        let same_shape =
+            (self.header.page_size, self.header.page_count) == (last.page_size, last.page_count);
+        if !same_shape || table.sum(1, last.page_count)? != last.checksum {
+            return Ok(false);
+        }
+        let mut different = BTreeSet::new();
+        self.for_each_page(|page_no, image| {
+            let known = table.read(page_no)?;
+            if known != PageChecksum::default() && known != PageChecksum::of(page_no, image) {
+                different.insert(page_no);
+            }
+            Ok(())
+        })?;
+        Ok(different.is_empty() || different.is_subset(&self.free_pages()?))
+    }
 }

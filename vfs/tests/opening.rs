@@ -11,14 +11,23 @@ use std::process::Command;
 
 fn files(path: &Path) -> Vec<PathBuf> {
     let suffixes = ["", "-wal", "-shm", "-journal", "-durovfs"];
-    suffixes.iter().map(|suffix| PathBuf::from(format!("{}{suffix}", path.display()))).collect()
+    suffixes
+        .iter()
+        .map(|suffix| PathBuf::from(format!("{}{suffix}", path.display())))
+        .collect()
 }
 
 fn filled(path: &Path) {
     let db = open_wal(path);
-    exec(&db, "CREATE TABLE t(a, b); INSERT INTO t VALUES (1, randomblob(9000))");
-    exec(&db, "WITH n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i<200) \
-               INSERT INTO t SELECT i, randomblob(100) FROM n");
+    exec(
+        &db,
+        "CREATE TABLE t(a, b); INSERT INTO t VALUES (1, randomblob(9000))",
+    );
+    exec(
+        &db,
+        "WITH n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i<200) \
+               INSERT INTO t SELECT i, randomblob(100) FROM n",
+    );
 }
 
 /// Broken, an application with data cannot start to use durovfs, or loses what is in its WAL.
@@ -28,8 +37,14 @@ fn an_existing_database_is_adopted_with_what_its_wal_holds() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.db");
         let plain = open_plain(&path);
-        exec(&plain, &format!("PRAGMA page_size={page_size}; PRAGMA journal_mode=WAL"));
-        exec(&plain, "CREATE TABLE t(a); INSERT INTO t VALUES (randomblob(100000))");
+        exec(
+            &plain,
+            &format!("PRAGMA page_size={page_size}; PRAGMA journal_mode=WAL"),
+        );
+        exec(
+            &plain,
+            "CREATE TABLE t(a); INSERT INTO t VALUES (randomblob(100000))",
+        );
         exec(&plain, "PRAGMA wal_checkpoint(TRUNCATE)");
         exec(&plain, "INSERT INTO t VALUES (5)");
         // A copy with the WAL as it stands: as after a crash.
@@ -60,7 +75,10 @@ fn a_lost_file_is_written_from_the_log() {
         }
         let db = open(&path);
         assert_eq!(number(&db, "SELECT count(*) FROM t"), 201);
-        exec(&db, "INSERT INTO t VALUES (1, 2); DELETE FROM t WHERE b = 2");
+        exec(
+            &db,
+            "INSERT INTO t VALUES (1, 2); DELETE FROM t WHERE b = 2",
+        );
         drop(db);
         assert_level(&path);
     }
@@ -75,10 +93,17 @@ fn an_older_file_rolls_forward_and_a_different_one_is_refused() {
     let old = std::fs::read(&path).unwrap();
     let old_mark = std::fs::read(&files(&path)[4]).unwrap();
     let db = open(&path);
-    exec(&db, "UPDATE t SET b = randomblob(50) WHERE a % 3 = 0; CREATE TABLE u(x)");
+    exec(
+        &db,
+        "UPDATE t SET b = randomblob(50) WHERE a % 3 = 0; CREATE TABLE u(x)",
+    );
     drop(db);
     // With its mark, without one, and with the newer one.
-    for mark in [Some(old_mark), None, Some(std::fs::read(&files(&path)[4]).unwrap())] {
+    for mark in [
+        Some(old_mark),
+        None,
+        Some(std::fs::read(&files(&path)[4]).unwrap()),
+    ] {
         std::fs::write(&path, &old).unwrap();
         match mark {
             Some(mark) => std::fs::write(&files(&path)[4], mark).unwrap(),
@@ -96,7 +121,10 @@ fn an_older_file_rolls_forward_and_a_different_one_is_refused() {
     let error = try_open(&path).unwrap_err();
     assert_eq!(code(&error) & 0xff, sqlite::SQLITE_CANTOPEN);
     let line = durovfs_vfs::shim::last_open_refusal();
-    assert!(line.contains("lsn 6") && line.contains("durovfs resolve"), "{line}");
+    assert!(
+        line.contains("lsn 6") && line.contains("durovfs resolve"),
+        "{line}"
+    );
     assert_eq!(std::fs::read(&path).unwrap(), before);
 }
 
@@ -104,7 +132,11 @@ fn an_older_file_rolls_forward_and_a_different_one_is_refused() {
 /// that the log believes to stand on something else.
 #[test]
 fn a_foreign_write_is_refused_at_the_next_write() {
-    for checkpoint in ["", "PRAGMA wal_checkpoint(TRUNCATE)", "PRAGMA wal_checkpoint(RESTART)"] {
+    for checkpoint in [
+        "",
+        "PRAGMA wal_checkpoint(TRUNCATE)",
+        "PRAGMA wal_checkpoint(RESTART)",
+    ] {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.db");
         let db = open_wal(&path);
@@ -120,7 +152,10 @@ fn a_foreign_write_is_refused_at_the_next_write() {
         assert_eq!(code(&error), sqlite::SQLITE_IOERR_WRITE, "{checkpoint}");
         assert_eq!(sink().last_lsn(path.to_str().unwrap()), lsn);
         drop((db, plain));
-        assert_eq!(code(&try_open(&path).unwrap_err()) & 0xff, sqlite::SQLITE_CANTOPEN);
+        assert_eq!(
+            code(&try_open(&path).unwrap_err()) & 0xff,
+            sqlite::SQLITE_CANTOPEN
+        );
     }
 }
 
@@ -188,7 +223,10 @@ fn without_a_sidecar_nothing_opens() {
     let path = dir.path().join("a.db");
     filled(&path);
     sink().set_unreachable(path.to_str().unwrap(), true);
-    assert_eq!(code(&try_open(&path).unwrap_err()) & 0xff, sqlite::SQLITE_CANTOPEN);
+    assert_eq!(
+        code(&try_open(&path).unwrap_err()) & 0xff,
+        sqlite::SQLITE_CANTOPEN
+    );
     sink().set_unreachable(path.to_str().unwrap(), false);
     drop(open(&path));
     assert_level(&path);
@@ -197,13 +235,18 @@ fn without_a_sidecar_nothing_opens() {
 /// The process that the crash tests kill. Does nothing when it is run as a test.
 #[test]
 fn crash_child() {
-    let Ok(path) = std::env::var("DUROVFS_CRASH_PATH") else { return };
+    let Ok(path) = std::env::var("DUROVFS_CRASH_PATH") else {
+        return;
+    };
     let sql = std::env::var("DUROVFS_CRASH_SQL").unwrap();
     let fault = match std::env::var("DUROVFS_CRASH_FAULT").unwrap().as_str() {
         "commit" => Fault::CommitAndDie,
         _ => Fault::Die,
     };
-    let after: usize = std::env::var("DUROVFS_CRASH_AFTER").unwrap().parse().unwrap();
+    let after: usize = std::env::var("DUROVFS_CRASH_AFTER")
+        .unwrap()
+        .parse()
+        .unwrap();
     let path = PathBuf::from(path);
     let mut faults = vec![Fault::None; after];
     faults.push(fault);
@@ -240,7 +283,10 @@ fn a_crash_at_the_gate_leaves_what_the_log_has() {
                 let dir = tempfile::tempdir().unwrap();
                 let path = dir.path().join("a.db");
                 let db = open(&path);
-                exec(&db, &format!("PRAGMA journal_mode={journal}; CREATE TABLE t(a, b)"));
+                exec(
+                    &db,
+                    &format!("PRAGMA journal_mode={journal}; CREATE TABLE t(a, b)"),
+                );
                 exec(&db, "INSERT INTO t VALUES (0, 0)");
                 drop(db);
                 let sql = format!("PRAGMA journal_mode={journal}; {sql}");
@@ -260,12 +306,26 @@ fn a_crash_at_the_gate_leaves_what_the_log_has() {
 /// Broken, a process that dies in the making of a database leaves one that nobody can open.
 #[test]
 fn a_crash_while_a_database_is_made_leaves_one_that_opens() {
-    for (fault, after) in [("commit", 0), ("die", 0), ("commit", 1), ("die", 1), ("commit", 2)] {
+    for (fault, after) in [
+        ("commit", 0),
+        ("die", 0),
+        ("commit", 1),
+        ("die", 1),
+        ("commit", 2),
+    ] {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.db");
-        crash(&path, fault, after, "PRAGMA journal_mode=WAL; CREATE TABLE t(a); CREATE TABLE u(a)");
+        crash(
+            &path,
+            fault,
+            after,
+            "PRAGMA journal_mode=WAL; CREATE TABLE t(a); CREATE TABLE u(a)",
+        );
         let db = open(&path);
-        exec(&db, "CREATE TABLE IF NOT EXISTS t(a); INSERT INTO t VALUES (1)");
+        exec(
+            &db,
+            "CREATE TABLE IF NOT EXISTS t(a); INSERT INTO t VALUES (1)",
+        );
         drop(db);
         assert_level(&path);
     }
@@ -281,7 +341,12 @@ fn others_go_on_after_a_crash_at_the_gate() {
     exec(&db, "CREATE TABLE t(a, b)");
     for round in 1..6 {
         let before = number(&db, "SELECT count(*) FROM t");
-        crash(&path, "commit", 0, "INSERT INTO t VALUES (1, randomblob(5000))");
+        crash(
+            &path,
+            "commit",
+            0,
+            "INSERT INTO t VALUES (1, randomblob(5000))",
+        );
         let error = try_exec(&db, "INSERT INTO t VALUES (2, 2)").unwrap_err();
         assert_eq!(code(&error), sqlite::SQLITE_IOERR_WRITE, "round {round}");
         assert_eq!(number(&db, "SELECT count(*) FROM t"), before + 1);

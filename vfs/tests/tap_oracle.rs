@@ -124,7 +124,11 @@ impl Bench {
         let mut at = 0;
         while at < data.len() {
             let whole = self.rng.random_bool(0.8);
-            let count = if whole { data.len() } else { self.rng.random_range(1..=data.len()) };
+            let count = if whole {
+                data.len()
+            } else {
+                self.rng.random_range(1..=data.len())
+            };
             let piece = &data[at..data.len().min(at + count)];
             if !self.piece((offset + at) as u64, piece) {
                 return false;
@@ -157,13 +161,18 @@ impl Bench {
     }
 
     fn put(&self, pieces: &[(u64, Vec<u8>)]) {
-        pieces.iter().for_each(|(offset, bytes)| self.file.write_at(bytes, *offset).unwrap());
+        pieces
+            .iter()
+            .for_each(|(offset, bytes)| self.file.write_at(bytes, *offset).unwrap());
     }
 
     fn check(&mut self) {
         let now = recover(&self.file.0.borrow());
         if now.salts == self.committed.salts {
-            assert_eq!(now, self.committed, "a commit became valid before it was acknowledged");
+            assert_eq!(
+                now, self.committed,
+                "a commit became valid before it was acknowledged"
+            );
         } else {
             assert_eq!(now.frame, 0, "a new WAL begins without commits");
             self.committed = now;
@@ -172,7 +181,10 @@ impl Bench {
         let mut read = vec![0u8; believed.len()];
         self.file.read_at(&mut read, 0).unwrap();
         self.tap.overlay(&mut read, 0);
-        assert!(read == *believed, "SQLite reads something else than it wrote");
+        assert!(
+            read == *believed,
+            "SQLite reads something else than it wrote"
+        );
     }
 
     fn complete(&mut self) -> bool {
@@ -197,11 +209,18 @@ impl Bench {
             self.fail(Ok(()));
             return false;
         }
-        let (offset, bytes) = self.tap.held().map(|(at, bytes)| (at, bytes.to_vec())).unwrap();
+        let (offset, bytes) = self
+            .tap
+            .held()
+            .map(|(at, bytes)| (at, bytes.to_vec()))
+            .unwrap();
         self.file.write_at(&bytes, offset).unwrap();
         self.tap.acknowledge();
         self.committed = recover(&self.file.0.borrow());
-        assert_eq!(self.committed.frame as u32, completion.end.frame, "SQLite would not find it");
+        assert_eq!(
+            self.committed.frame as u32, completion.end.frame,
+            "SQLite would not find it"
+        );
         self.outcome = Some(Ok(()));
         true
     }
@@ -228,9 +247,17 @@ struct Writer {
 impl Writer {
     fn header(&mut self, bench: &mut Bench) -> bool {
         let mut bytes = Vec::new();
-        let words =
-            [0x377f_0682, 3_007_000, PAGE as u32, self.sequence, self.salts.0, self.salts.1];
-        words.iter().for_each(|word: &u32| bytes.extend_from_slice(&word.to_be_bytes()));
+        let words = [
+            0x377f_0682,
+            3_007_000,
+            PAGE as u32,
+            self.sequence,
+            self.salts.0,
+            self.salts.1,
+        ];
+        words
+            .iter()
+            .for_each(|word: &u32| bytes.extend_from_slice(&word.to_be_bytes()));
         self.chain = sum((0, 0), &bytes);
         bytes.extend_from_slice(&self.chain.0.to_be_bytes());
         bytes.extend_from_slice(&self.chain.1.to_be_bytes());
@@ -272,7 +299,9 @@ impl Writer {
     }
 
     fn rewrite(&mut self, bench: &mut Bench, size: u32) -> bool {
-        let Some(first) = self.recompute.take() else { return true };
+        let Some(first) = self.recompute.take() else {
+            return true;
+        };
         self.chain = if self.committed + first == 0 {
             let bytes = bench.believed.0.borrow();
             (be(&bytes, 24), be(&bytes, 28))
@@ -283,7 +312,11 @@ impl Writer {
         };
         for index in first..self.frames.len() {
             let (page, image) = self.frames[index].clone();
-            let size = if index + 1 == self.frames.len() { size } else { 0 };
+            let size = if index + 1 == self.frames.len() {
+                size
+            } else {
+                0
+            };
             let mut head = page.to_be_bytes().to_vec();
             head.extend_from_slice(&size.to_be_bytes());
             self.chain = sum(sum(self.chain, &head), &image);
@@ -349,8 +382,15 @@ fn transaction(bench: &mut Bench, writer: &mut Writer, break_chain: bool) {
             }
             outcome => {
                 assert_eq!(outcome, Some(Ok(())), "the commit was not noticed");
-                assert!(!broken, "a commit that SQLite could not recover went through");
-                assert_eq!(bench.completions, before + 1, "exactly one completing write");
+                assert!(
+                    !broken,
+                    "a commit that SQLite could not recover went through"
+                );
+                assert_eq!(
+                    bench.completions,
+                    before + 1,
+                    "exactly one completing write"
+                );
                 let (frame, size, pages) = bench.last_commit.clone().unwrap();
                 assert_eq!((frame as usize, size), (committed + writer.frames.len(), 9));
                 assert_eq!(pages, writer.frames.iter().cloned().collect());

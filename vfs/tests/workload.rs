@@ -17,6 +17,7 @@ struct World {
     name: String,
     connections: Vec<Connection>,
     exclusive: bool,
+    journal: &'static str,
     next_id: i64,
     /// Rows that must be there, by id: length of the blob.
     rows: BTreeMap<i64, i64>,
@@ -24,7 +25,7 @@ struct World {
 }
 
 impl World {
-    fn new(path: &Path, seed: u64, page_size: u32, exclusive: bool) -> Self {
+    fn new(path: &Path, seed: u64, page_size: u32, exclusive: bool, journal: &'static str) -> Self {
         let rng = ChaCha8Rng::seed_from_u64(seed);
         let name = path.to_str().unwrap().to_owned();
         let mut world = Self {
@@ -33,12 +34,16 @@ impl World {
             name,
             connections: Vec::new(),
             exclusive,
+            journal,
             next_id: 0,
             rows: BTreeMap::new(),
             refusals: 0,
         };
         let db = open(path);
-        exec(&db, &format!("PRAGMA page_size={page_size}; PRAGMA journal_mode=WAL"));
+        exec(
+            &db,
+            &format!("PRAGMA page_size={page_size}; PRAGMA journal_mode={journal}"),
+        );
         exec(&db, "CREATE TABLE t(id INTEGER PRIMARY KEY, data BLOB)");
         exec(&db, "CREATE INDEX i ON t(data)");
         drop(db);
@@ -53,7 +58,11 @@ impl World {
             if self.exclusive {
                 exec(&db, "PRAGMA locking_mode=EXCLUSIVE");
             }
-            exec(&db, "PRAGMA cache_size=10; PRAGMA wal_autocheckpoint=40; PRAGMA synchronous=OFF");
+            exec(&db, &format!("PRAGMA journal_mode={}", self.journal));
+            exec(
+                &db,
+                "PRAGMA cache_size=10; PRAGMA wal_autocheckpoint=40; PRAGMA synchronous=OFF",
+            );
             if self.rng.random_bool(0.3) {
                 exec(&db, "PRAGMA synchronous=FULL");
             }
@@ -102,7 +111,9 @@ impl World {
 
     fn refetch(&mut self, index: usize) {
         for _ in 0..3 {
-            if self.connections[index].execute("DELETE FROM t WHERE id = -1", []).is_ok()
+            if self.connections[index]
+                .execute("DELETE FROM t WHERE id = -1", [])
+                .is_ok()
                 && self.connections[index]
                     .execute("INSERT INTO t VALUES (-1, NULL)", [])
                     .and_then(|_| self.connections[index].execute("DELETE FROM t WHERE id=-1", []))
@@ -110,7 +121,7 @@ impl World {
             {
                 break;
             }
-            if self.exclusive {
+            if self.exclusive || self.journal != "WAL" {
                 self.reopen();
             }
         }
@@ -204,21 +215,28 @@ impl World {
 }
 
 fn read_rows(db: &Connection) -> BTreeMap<i64, i64> {
-    let mut statement = db.prepare("SELECT id, length(data) FROM t ORDER BY id").unwrap();
-    let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
+    let mut statement = db
+        .prepare("SELECT id, length(data) FROM t ORDER BY id")
+        .unwrap();
+    let rows = statement
+        .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))
+        .unwrap();
     rows.map(Result::unwrap).collect()
 }
 
 /// More of them: `DUROVFS_ROUNDS`.
 fn rounds() -> u32 {
-    std::env::var("DUROVFS_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(70)
+    std::env::var("DUROVFS_ROUNDS")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(70)
 }
 
-fn run(seed: u64, page_size: u32, exclusive: bool, rounds: u32) -> u32 {
+fn run(seed: u64, page_size: u32, exclusive: bool, journal: &'static str) -> u32 {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("work.db");
-    let mut world = World::new(&path, seed, page_size, exclusive);
-    for _ in 0..rounds {
+    let mut world = World::new(&path, seed, page_size, exclusive, journal);
+    for _ in 0..rounds() {
         if world.rng.random_bool(0.8) {
             world.transaction();
         } else {
@@ -237,9 +255,12 @@ fn log_and_file_agree_after_random_work() {
     let seed = seed();
     let mut refusals = 0;
     for (round, page_size) in [512, 1024, 4096, 8192, 65536].into_iter().enumerate() {
-        refusals += run(seed.wrapping_add(round as u64), page_size, false, rounds());
+        refusals += run(seed.wrapping_add(round as u64), page_size, false, "WAL");
     }
-    assert!(refusals > 15, "{refusals} refusals: the faults do not reach the gate");
+    assert!(
+        refusals > 15,
+        "{refusals} refusals: the faults do not reach the gate"
+    );
 }
 
 /// Broken, the same in exclusive mode, where SQLite takes no shared-memory locks at all and the end
@@ -247,6 +268,30 @@ fn log_and_file_agree_after_random_work() {
 #[test]
 fn log_and_file_agree_in_exclusive_mode() {
     let seed = seed();
-    let refusals = run(seed, 1024, true, rounds()) + run(seed.wrapping_add(1), 4096, true, rounds());
-    assert!(refusals > 5, "{refusals} refusals: the faults do not reach the gate");
+    let refusals = run(seed, 1024, true, "WAL") + run(seed.wrapping_add(1), 4096, true, "WAL");
+    assert!(
+        refusals > 5,
+        "{refusals} refusals: the faults do not reach the gate"
+    );
+}
+
+/// Broken, the gate of rollback-journal mode sends other pages than SQLite wrote, or takes a journal
+/// that is played back for a commit.
+#[test]
+fn log_and_file_agree_in_rollback_mode() {
+    let seed = seed();
+    let mut refusals = 0;
+    for (round, journal) in ["DELETE", "TRUNCATE", "PERSIST"].into_iter().enumerate() {
+        let page_size = [512, 4096, 65536][round];
+        refusals += run(
+            seed.wrapping_add(round as u64),
+            page_size,
+            round == 1,
+            journal,
+        );
+    }
+    assert!(
+        refusals > 5,
+        "{refusals} refusals: the faults do not reach the gate"
+    );
 }

@@ -194,3 +194,14 @@ pub fn assert_level(path: &Path) {
     // Read-only: a write would leave a stamp that is not ours.
     assert_eq!(text(&db, "PRAGMA integrity_check"), "ok");
 }
+
+/// The status of a protected database of a connection.
+pub fn file_status(db: &Connection, schema: &std::ffi::CStr) -> Option<durovfs_vfs::FileStatus> {
+    sink();
+    // SAFETY: the table is a host's; the handle is open, and used by this thread only.
+    unsafe {
+        durovfs_vfs::Api::new(table())
+            .unwrap()
+            .file_status(db.handle(), schema)
+    }
+}

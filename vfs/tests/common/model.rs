@@ -174,7 +174,8 @@ impl ModelSink {
                 size * last.commit.page_count as usize,
                 "size of the file"
             );
-            for (page, image) in &log.image {
+            let free = free_pages(bytes, size);
+            for (page, image) in log.image.iter().filter(|(page, _)| !free.contains(page)) {
                 let start = (*page as usize - 1) * size;
                 let mut local = bytes[start..start + size].to_vec();
                 let mut logged = image.clone();
@@ -237,6 +238,18 @@ impl ModelSink {
     }
 }
 
+/// Leaves of SQLite's list of free pages: a rollback in journal mode leaves other bytes there.
+fn free_pages(bytes: &[u8], size: usize) -> Vec<u32> {
+    let word = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap());
+    let (mut free, mut trunk) = (Vec::new(), word(32) as usize);
+    while trunk != 0 {
+        let at = (trunk - 1) * size;
+        free.extend((0..word(at + 4) as usize).map(|leaf| word(at + 8 + leaf * 4)));
+        trunk = word(at) as usize;
+    }
+    free
+}
+
 fn log_path(name: &str) -> PathBuf {
     PathBuf::from(format!("{name}.model-log"))
 }
@@ -281,7 +294,8 @@ impl Log {
             self.image.clear();
         }
         self.image.extend(entry.pages.clone());
-        self.image.retain(|page, _| *page <= entry.commit.page_count);
+        self.image
+            .retain(|page, _| *page <= entry.commit.page_count);
     }
 
     fn checksums_after(&self, entry: &ModelTransaction) -> BTreeMap<u32, PageChecksum> {
@@ -290,7 +304,12 @@ impl Log {
             checksums.clear();
         }
         let of = |page: &u32, image: &[u8]| PageChecksum::of(PageNo::new(*page).unwrap(), image);
-        checksums.extend(entry.pages.iter().map(|(page, image)| (*page, of(page, image))));
+        checksums.extend(
+            entry
+                .pages
+                .iter()
+                .map(|(page, image)| (*page, of(page, image))),
+        );
         checksums.retain(|page, _| *page <= entry.commit.page_count);
         checksums
     }
@@ -298,8 +317,14 @@ impl Log {
     /// The checksum that the shim computed must be that of the log's image after the entry.
     fn check(&self, entry: &ModelTransaction) {
         let mut checksum = DatabaseChecksum::EMPTY;
-        self.checksums_after(entry).values().for_each(|page| checksum.toggle(*page));
-        assert_eq!(checksum, entry.commit.checksum, "checksum of lsn {}", entry.lsn);
+        self.checksums_after(entry)
+            .values()
+            .for_each(|page| checksum.toggle(*page));
+        assert_eq!(
+            checksum, entry.commit.checksum,
+            "checksum of lsn {}",
+            entry.lsn
+        );
     }
 }
 
