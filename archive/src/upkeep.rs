@@ -146,8 +146,7 @@ fn copy_entries(
     if chunk.identity() != identity {
         return Err(ChunkError::Damaged("object is of another log"));
     }
-    // What is replaced must be whole: the damage of a part that is skipped would be lost with it.
-    chunk.verify()?;
+    // Copying reads every image, so damage is found; what is skipped was copied from another chunk.
     for facts in chunk.index().entries.clone() {
         if facts.position.lsn >= next {
             writer.copy(&mut chunk, &facts)?;

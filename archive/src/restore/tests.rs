@@ -371,7 +371,9 @@ async fn an_object_in_the_way_is_confirmed_only_if_it_is_the_same() {
         .unwrap()
         .to_owned();
     let good = fs::read(&chunk).unwrap();
-    for at in [3, good.len() / 2, good.len() - 20] {
+    // Header, images (which the index does not see), index, footer.
+    let first_block = 40 + NAME.len() + 4;
+    for at in [3, first_block + 14, good.len() / 2, good.len() - 20] {
         let mut bad = good.clone();
         bad[at] ^= 4;
         fs::write(&chunk, bad).unwrap();
@@ -543,12 +545,25 @@ async fn merged_chunks_restore_the_same_and_replace_the_small_ones() {
         let store = &test.store;
         let model = Model::random(&mut rng, 40);
         archive_each(store, &model).await;
+        // Overlapping chunks, of which each of the run holds some entries that others have.
+        archive(store, &model, 2, 4).await.unwrap();
         archive(store, &model, 3, 5).await.unwrap();
         let listing = Listing::load(store.as_ref(), NAME).await.unwrap().remove(0);
         assert_eq!(
             upkeep::mergeable(&listing, model.times[10]),
             None,
             "too few to merge"
+        );
+        let found = ArchiveIndex::of(store, listing.clone())
+            .transactions(None, None)
+            .await;
+        let expected = (1..=model.last_lsn())
+            .filter(|lsn| model.is_transaction(*lsn))
+            .count();
+        assert_eq!(
+            found.unwrap().len(),
+            expected,
+            "an entry is listed twice, or not"
         );
         let mut large = listing.clone();
         large.chunks[7].size = 5 << 20;
