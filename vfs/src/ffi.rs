@@ -186,12 +186,11 @@ impl Api {
         if table.is_null() {
             return None;
         }
-        // The version's slot is older than any host; what lies behind the table of a host older
-        // than 3.37 must not be read.
-        // SAFETY: by the caller's promise the table has this slot.
-        if unsafe { api.raw(LIBVERSION_NUMBER_SLOT) }.is_none()
-            || unsafe { api.libversion_number() } < 3_037_000
-        {
+        // SAFETY: by the caller's promise; the slot is older than any host.
+        unsafe { api.raw(LIBVERSION_NUMBER_SLOT) }?;
+        // What lies behind the table of a host older than 3.37 must not be read.
+        // SAFETY: the slot was just found filled.
+        if unsafe { api.libversion_number() } < 3_037_000 {
             return None;
         }
         // SAFETY: every index is below the end of a 3.37 table.

@@ -26,7 +26,7 @@ use crate::survey::{Content, WalSurvey};
 use bytes::Bytes;
 use durovfs_wire::client::{CommitOutcome, FailureKind};
 use durovfs_wire::entry::PayloadBuilder;
-use durovfs_wire::{CommitHeader, DatabaseChecksum, Lsn, Timestamp};
+use durovfs_wire::{CommitHeader, DatabaseChecksum, Lsn, Origin, Timestamp};
 use std::fs::{File, OpenOptions};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -524,6 +524,55 @@ impl Opener<'_> {
         };
         let sink = &self.surroundings.sink;
         let origin = sink.next_origin();
+        let sent = self.send_image(content, origin);
+        let (commit, payload, changes) =
+            sent.inspect_err(|_| sink.abort(state.database, origin))?;
+        let CommitHeader {
+            checksum,
+            page_size,
+            page_count,
+            ..
+        } = commit;
+        let in_flight = Some(InFlight {
+            origin,
+            base_lsn: Lsn::ZERO,
+            checksum,
+        });
+        mark.write(&MarkState { in_flight, ..state })?;
+        // The image may take longer than a commit does; the sidecar's answer ends it.
+        let position = match sink.commit(state.database, commit, payload, None) {
+            CommitOutcome::Committed { position } => position,
+            CommitOutcome::NotCommitted { reason } | CommitOutcome::NotPrimary { reason } => {
+                mark.write(&state)?;
+                return Err(self.refuse(&reason));
+            }
+            CommitOutcome::Behind { .. } => {
+                mark.write(&state)?;
+                return Ok(Next::Again);
+            }
+            CommitOutcome::Unknown { reason } => return Err(self.refuse(&reason)),
+        };
+        let last = Some(KnownTransaction {
+            position,
+            checksum,
+            page_size,
+            page_count,
+        });
+        let state = MarkState {
+            last,
+            wal: committed_end(wal),
+            ..state
+        };
+        self.ready(self.rewrite_mark(Some((mark, state)), &state, &changes)?)
+    }
+
+    /// Streams the whole image but for its last slots, which are returned with its facts.
+    fn send_image(
+        &self,
+        content: &Content<'_>,
+        origin: Origin,
+    ) -> Result<(CommitHeader, Bytes, PageChanges), Refusal> {
+        let sink = &self.surroundings.sink;
         let mut builder = PayloadBuilder::default();
         let page_size = content.header.page_size;
         let mut changes = PageChanges::new();
@@ -531,7 +580,7 @@ impl Opener<'_> {
         content.for_each_page(|page_no, image| {
             if !builder.has_room(page_size) {
                 let payload: Bytes = builder.take();
-                sink.send_pages(state.database, origin, page_size, payload)
+                sink.send_pages(self.log.database, origin, page_size, payload)
                     .map_err(|error| self.refuse(&error.message))?;
             }
             builder.push(changes.len() as u32, page_no, image);
@@ -550,38 +599,7 @@ impl Opener<'_> {
             checksum,
             whole_image: true,
         };
-        let in_flight = Some(InFlight {
-            origin,
-            base_lsn: Lsn::ZERO,
-            checksum,
-        });
-        mark.write(&MarkState { in_flight, ..state })?;
-        // The image may take longer than a commit does; the sidecar's answer ends it.
-        let position = match sink.commit(state.database, commit, builder.take(), None) {
-            CommitOutcome::Committed { position } => position,
-            CommitOutcome::NotCommitted { reason } | CommitOutcome::NotPrimary { reason } => {
-                mark.write(&state)?;
-                return Err(self.refuse(&reason));
-            }
-            CommitOutcome::Behind { .. } => {
-                mark.write(&state)?;
-                return Ok(Next::Again);
-            }
-            CommitOutcome::Unknown { reason } => return Err(self.refuse(&reason)),
-        };
-        let page_count = content.header.page_count;
-        let last = Some(KnownTransaction {
-            position,
-            checksum,
-            page_size,
-            page_count,
-        });
-        let state = MarkState {
-            last,
-            wal: committed_end(wal),
-            ..state
-        };
-        self.ready(self.rewrite_mark(Some((mark, state)), &state, &changes)?)
+        Ok((commit, builder.take(), changes))
     }
 
     fn refuse(&self, what: &str) -> Refusal {

@@ -1,5 +1,7 @@
 //! The shim in a real SQLite: what is committed is in the log and in the file, and nothing else is.
 
+#![allow(clippy::unwrap_used, reason = "what fails in a test fails the test")]
+
 mod common;
 
 use common::model::Fault;

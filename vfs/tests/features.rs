@@ -1,5 +1,7 @@
 //! What applications do besides writing rows, and several processes at once.
 
+#![allow(clippy::unwrap_used, reason = "what fails in a test fails the test")]
+
 mod common;
 
 use common::model::Fault;

@@ -1,6 +1,8 @@
 //! Every row of the table of what a local file and a log can be to each other when a database is
 //! opened, and crashes in between.
 
+#![allow(clippy::unwrap_used, reason = "what fails in a test fails the test")]
+
 mod common;
 
 use common::model::Fault;

@@ -1,6 +1,8 @@
 //! Registering again, after the host shut SQLite down. Alone in its program: it takes SQLite away
 //! from everybody else in the process.
 
+#![allow(clippy::unwrap_used, reason = "what fails in a test fails the test")]
+
 mod common;
 
 use common::*;

@@ -1,6 +1,8 @@
 //! The WAL tap against an oracle: SQLite's recovery, written a second time from the file format,
 //! over writes as SQLite's WAL writer makes them, cut into odd pieces.
 
+#![allow(clippy::unwrap_used, reason = "what fails in a test fails the test")]
+
 use bytes::Bytes;
 use durovfs_vfs::error::Refusal;
 use durovfs_vfs::file::BaseFile;

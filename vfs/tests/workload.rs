@@ -1,6 +1,8 @@
 //! Random work over everything SQLite does to a WAL, with refusals mixed in: the log, the file and
 //! what the application was told must agree.
 
+#![allow(clippy::unwrap_used, reason = "what fails in a test fails the test")]
+
 mod common;
 
 use common::model::Fault;

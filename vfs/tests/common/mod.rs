@@ -1,5 +1,6 @@
 //! The shim in the SQLite that `rusqlite` bundles, over a log kept in a file of the test.
 
+#![allow(clippy::unwrap_used, reason = "what fails in a test fails the test")]
 #![allow(dead_code, reason = "each test uses its part")]
 
 pub mod model;

@@ -1,5 +1,7 @@
 //! A log in a file, shared by the processes of a test, with outcomes to order.
 
+#![allow(clippy::unwrap_used, reason = "what fails in a test fails the test")]
+
 use bytes::Bytes;
 use durovfs_vfs::sink::{OpenedLog, Sink, SinkError, SinkErrorKind};
 use durovfs_wire::checksum::VOLATILE_HEADER_RANGES;
