@@ -73,8 +73,11 @@ where
                         epoch,
                     ));
                 }
-                Next::RecoverJournal => file.recover_journal()?,
-                Next::Again => {}
+                Next::RecoverJournal => {
+                    file.recover_journal()?;
+                    std::thread::sleep(BUSY_PAUSE);
+                }
+                Next::Again => std::thread::sleep(BUSY_PAUSE),
             }
         } else if let Some((mark, state)) = existing
             && state.database == log.database
@@ -344,12 +347,7 @@ impl Opener<'_> {
             }
             existing = Some((mark, state));
         }
-        let table = existing
-            .as_ref()
-            .map(|(mark, state)| (mark.page_table(), state.page_count()));
-        let table = table.as_ref().map(|(table, count)| (table, *count));
-        let (checksum, pages) = content.checksums(table)?;
-        let found = self.find_in_log(content, checksum, existing.as_ref())?;
+        let (found, checksum, pages) = self.identify(content, existing.as_ref())?;
         let Some(last) = found else {
             let mark = existing.and_then(|(_, state)| state.last);
             let marked = mark.map_or_else(
@@ -376,6 +374,26 @@ impl Opener<'_> {
         };
         let mark = self.rewrite_mark(existing, &state, &pages)?;
         self.level_or_forward(Some((mark, state)), wal)
+    }
+
+    /// The transaction of the log whose content this is, with the checksums of the content.
+    fn identify(
+        &self,
+        content: &Content<'_>,
+        existing: Option<&(Mark, MarkState)>,
+    ) -> Result<(Option<KnownTransaction>, DatabaseChecksum, PageChanges), Refusal> {
+        if let Some((mark, state)) = existing {
+            // Even a table that a crash left between two transactions knows pages never written.
+            let table = mark.page_table();
+            let (checksum, pages) = content.checksums(Some((&table, state.page_count())))?;
+            let found = self.find_in_log(content, checksum, existing)?;
+            if found.is_some() {
+                return Ok((found, checksum, pages));
+            }
+        }
+        let (checksum, pages) = content.checksums(None)?;
+        let found = self.find_in_log(content, checksum, existing)?;
+        Ok((found, checksum, pages))
     }
 
     fn rewrite_mark(

@@ -4,7 +4,7 @@
 //!
 //! No pointers and no I/O: earlier frames are read back through [`BaseFile`], and what is to be
 //! written is told, not done. Memory is bounded: images leave as payloads of streamed slots as soon
-//! as they fill a part; what stays is sixteen bytes per frame, one frame, and one part.
+//! as they fill a part; what stays is a few words per frame, one frame, and one part.
 //!
 //! The rules, with what makes each necessary (`docs/architecture.md`, "The shim"):
 //!
