@@ -379,3 +379,6 @@ fn write_pieces(file: &dyn BaseFile, pieces: &[(u64, Vec<u8>)]) -> Result<(), Re
         .iter()
         .try_for_each(|(offset, bytes)| file.write_at(bytes, *offset))
 }
+
+#[cfg(test)]
+mod tests;

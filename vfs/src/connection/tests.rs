@@ -1,0 +1,251 @@
+//! A connection over files that fail on demand: what SQLite hears after an acknowledged commit.
+
+use super::*;
+use crate::mark::{KnownTransaction, MarkState};
+use crate::sink::{OpenedLog, SinkError};
+use bytes::Bytes;
+use durovfs_wire::entry::EntryPart;
+use durovfs_wire::wal::{FrameHeader, WalHeader, WalSalts};
+use durovfs_wire::{ClientId, CommitHeader, DatabaseChecksum, PageSize};
+use libsqlite3_sys as sqlite;
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+#[derive(Default)]
+struct Always {
+    commits: AtomicU64,
+}
+
+impl Sink for Always {
+    fn open(
+        &self,
+        _: &str,
+        _: Option<DatabaseId>,
+        _: Option<Duration>,
+    ) -> Result<OpenedLog, SinkError> {
+        unreachable!("the connection is open")
+    }
+
+    fn next_origin(&self) -> Origin {
+        Origin {
+            client: ClientId::from_bytes([1; 16]),
+            sequence: 1,
+        }
+    }
+
+    fn send_pages(&self, _: DatabaseId, _: Origin, _: PageSize, _: Bytes) -> Result<(), SinkError> {
+        Ok(())
+    }
+
+    fn abort(&self, _: DatabaseId, _: Origin) {}
+
+    fn commit(
+        &self,
+        _: DatabaseId,
+        _: CommitHeader,
+        _: Bytes,
+        _: Option<Duration>,
+    ) -> CommitOutcome {
+        let lsn = self.commits.fetch_add(1, Ordering::Relaxed) + 2;
+        CommitOutcome::Committed {
+            position: LogPosition::new(Epoch::new(1), Lsn::new(lsn)),
+        }
+    }
+
+    fn resolve(&self, _: DatabaseId, _: Origin, _: Lsn, _: Option<Duration>) -> CommitOutcome {
+        CommitOutcome::Unknown {
+            reason: "nobody answers".into(),
+        }
+    }
+
+    fn read_log(
+        &self,
+        _: DatabaseId,
+        _: Lsn,
+        _: &mut dyn FnMut(EntryPart) -> Result<(), SinkError>,
+    ) -> Result<(), SinkError> {
+        Ok(())
+    }
+}
+
+struct Faulty {
+    file: File,
+    fails: Arc<AtomicBool>,
+}
+
+impl BaseFile for Faulty {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<usize, Refusal> {
+        self.file.read_at(buffer, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), Refusal> {
+        if self.fails.load(Ordering::Relaxed) {
+            return Err(Refusal::new(
+                RefusalKind::File(sqlite::SQLITE_FULL),
+                "disk full",
+            ));
+        }
+        BaseFile::write_at(&self.file, bytes, offset)
+    }
+
+    fn truncate(&self, size: u64) -> Result<(), Refusal> {
+        self.file.truncate(size)
+    }
+
+    fn sync(&self) -> Result<(), Refusal> {
+        self.file.sync()
+    }
+
+    fn size(&self) -> Result<u64, Refusal> {
+        self.file.size()
+    }
+}
+
+struct World {
+    connection: Connection,
+    fails: Arc<AtomicBool>,
+    sink: Arc<Always>,
+    header: WalHeader,
+    _dir: tempfile::TempDir,
+}
+
+fn world() -> World {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.db");
+    std::fs::write(&path, [0; 512]).unwrap();
+    let page_size = PageSize::try_from(512).unwrap();
+    let last = KnownTransaction {
+        position: LogPosition::new(Epoch::new(1), Lsn::new(1)),
+        checksum: DatabaseChecksum::EMPTY,
+        page_size,
+        page_count: 1,
+    };
+    let state = MarkState {
+        last: Some(last),
+        ..MarkState::new(DatabaseId::from_bytes([2; 16]))
+    };
+    let mark = Mark::create(&path, "a", &state).unwrap();
+    mark.stamp().unwrap();
+    let sink = Arc::new(Always::default());
+    let surroundings = Surroundings {
+        sink: Arc::clone(&sink) as Arc<dyn Sink>,
+        log: |_, _| {},
+        open_timeout: Duration::from_secs(1),
+    };
+    let database = Box::new(tempfile::tempfile().unwrap());
+    let mut connection = Connection::new(surroundings, path, mark, database, Epoch::new(1));
+    let fails = Arc::new(AtomicBool::new(false));
+    let file = tempfile::tempfile().unwrap();
+    connection.attach_wal(Box::new(Faulty {
+        file,
+        fails: Arc::clone(&fails),
+    }));
+    let header = WalHeader {
+        big_endian_checksums: false,
+        page_size,
+        checkpoint_sequence: 0,
+        salts: WalSalts(1, 2),
+        checksum: Default::default(),
+    };
+    let header = WalHeader::parse(&header.encode()).unwrap();
+    World {
+        connection,
+        fails,
+        sink,
+        header,
+        _dir: dir,
+    }
+}
+
+impl World {
+    fn commit(&mut self, break_chain: bool) -> Result<(), Refusal> {
+        let image = [7u8; 512];
+        let mut frame = FrameHeader {
+            page_no: 1,
+            commit_page_count: 1,
+            salts: self.header.salts,
+            checksum: Default::default(),
+        };
+        frame.checksum = frame.chain(self.header.checksum, false, &image);
+        frame.checksum.0 ^= u32::from(break_chain);
+        self.connection.write_wal(0, &self.header.encode())?;
+        self.connection.write_wal(32, &frame.encode())?;
+        self.connection.write_wal(56, &image)
+    }
+}
+
+/// Broken, an acknowledged commit that the local disk refused is followed by others that stand on a
+/// file without it.
+#[test]
+fn a_local_failure_after_the_acknowledgement_ends_all_writing() {
+    let mut world = world();
+    world
+        .connection
+        .write_wal(0, &world.header.encode())
+        .unwrap();
+    let (header, sink) = (world.header, Arc::clone(&world.sink));
+    let image = [7u8; 512];
+    let mut frame = FrameHeader {
+        page_no: 1,
+        commit_page_count: 1,
+        salts: header.salts,
+        checksum: Default::default(),
+    };
+    frame.checksum = frame.chain(header.checksum, false, &image);
+    world.connection.write_wal(32, &frame.encode()).unwrap();
+    world.fails.store(true, Ordering::Relaxed);
+    let refusal = world.connection.write_wal(56, &image).unwrap_err();
+    assert_eq!(refusal.code(), sqlite::SQLITE_IOERR_FSYNC);
+    assert!(refusal.message.contains("is committed"), "{refusal}");
+    world.fails.store(false, Ordering::Relaxed);
+    let refusal = world.commit(false).unwrap_err();
+    assert_eq!(refusal.code(), sqlite::SQLITE_IOERR_WRITE);
+    assert_eq!(sink.commits.load(Ordering::Relaxed), 1);
+    let status = world.connection.status();
+    assert!(
+        status.in_flight,
+        "whoever opens it next must ask for the commit"
+    );
+    assert!(
+        status.warnings.iter().any(|w| w.contains("open it again")),
+        "{status:?}"
+    );
+}
+
+/// Broken, each commit pays for a sync of a disk that nobody relies on, or a checkpoint does not
+/// make the sync that it relies on.
+#[test]
+fn the_wal_is_not_synced_between_acknowledgement_and_unlock_only() {
+    let mut world = world();
+    assert!(world.connection.sync_wal().unwrap());
+    world.commit(false).unwrap();
+    assert!(!world.connection.sync_wal().unwrap());
+    assert!(!world.connection.before_write_unlock());
+    assert!(world.connection.sync_wal().unwrap());
+}
+
+/// Broken, the savepoint bug of SQLite up to 3.49.1 loses commits that COMMIT reported as done.
+#[test]
+fn a_broken_chain_is_refused_and_nothing_is_sent() {
+    let mut world = world();
+    let refusal = world.commit(true).unwrap_err();
+    assert_eq!(refusal.code(), sqlite::SQLITE_IOERR_WRITE);
+    assert_eq!(world.sink.commits.load(Ordering::Relaxed), 0);
+    world.connection.before_write_unlock();
+    world.commit(false).unwrap();
+    assert_eq!(world.connection.status().position.lsn, Lsn::new(2));
+}
+
+/// Broken, SQLITE_BUSY leaves a WAL write: SQLite keeps the transaction open, and every commit after
+/// it is lost in a crash.
+#[test]
+fn busy_never_leaves_the_shim() {
+    for code in [
+        sqlite::SQLITE_BUSY,
+        sqlite::SQLITE_BUSY | 1 << 8,
+        sqlite::SQLITE_BUSY | 2 << 8,
+    ] {
+        let refusal = Refusal::new(RefusalKind::File(code), "busy");
+        assert_eq!(refusal.code(), sqlite::SQLITE_IOERR);
+    }
+}
