@@ -222,9 +222,8 @@ impl Connection {
             CommitOutcome::Behind { last_transaction } => {
                 self.must_roll_forward = true;
                 let position = last_transaction.position;
-                let lsn = base.last_lsn();
-                let message =
-                    format!("local file is at lsn {lsn}, the log at {position}: try again");
+                let (lsn, way) = (base.last_lsn(), self.way_forward());
+                let message = format!("local file is at lsn {lsn}, the log at {position}; {way}");
                 Refusal::not_committed(message)
             }
         };

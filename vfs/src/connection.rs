@@ -102,6 +102,9 @@ pub struct Connection {
     /// A commit of rollback mode was refused: SQLite plays its journal back next.
     pub(crate) expects_playback: bool,
     pub(crate) must_roll_forward: bool,
+    /// Whether the WAL's write lock in shared memory is held: only at its release can the file be
+    /// brought level while it is open.
+    pub(crate) holds_write_lock: bool,
     pub(crate) poisoned: Option<String>,
     pub(crate) last_error: String,
     pub(crate) warnings: Vec<String>,
@@ -136,6 +139,7 @@ impl Connection {
             rollback_refusal: None,
             expects_playback: false,
             must_roll_forward: false,
+            holds_write_lock: false,
             poisoned: None,
             last_error: String::new(),
             warnings: Vec::new(),
@@ -292,10 +296,25 @@ impl Connection {
         self.tap.overlay(buffer, offset)
     }
 
+    /// The WAL's write lock was taken.
+    pub fn write_locked(&mut self) {
+        self.holds_write_lock = true;
+    }
+
+    /// What the user of a connection does whose local file is behind.
+    pub(crate) fn way_forward(&self) -> &'static str {
+        match self.holds_write_lock {
+            true => "it is fetched now: try again",
+            // Rollback mode, and exclusive mode: nothing can be changed under SQLite's feet.
+            false => "close all connections and open it again",
+        }
+    }
+
     /// The WAL's write lock is about to be released. True when frames of others were appended, so
     /// that the wal-index must be made void before the lock goes.
     pub fn before_write_unlock(&mut self) -> bool {
         self.end_wal_transaction();
+        self.holds_write_lock = false;
         if !std::mem::take(&mut self.must_roll_forward) || self.poisoned.is_some() {
             return false;
         }
@@ -348,15 +367,16 @@ impl Connection {
             CommitOutcome::Committed { position } => {
                 self.must_roll_forward = true;
                 Err(Refusal::not_committed(format!(
-                    "an earlier commit ({position}) is committed and not in the local file yet; \
-                     it is fetched now: try again"
+                    "an earlier commit ({position}) is committed and not in the local file yet; {}",
+                    self.way_forward()
                 )))
             }
             CommitOutcome::Behind { last_transaction } => {
                 self.must_roll_forward = true;
                 let position = last_transaction.position;
+                let way = self.way_forward();
                 Err(Refusal::not_committed(format!(
-                    "the log is ahead, at {position}: try again"
+                    "the log is ahead, at {position}; {way}"
                 )))
             }
             CommitOutcome::Unknown { reason } => Err(Refusal::not_committed(format!(

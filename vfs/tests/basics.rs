@@ -85,3 +85,40 @@ fn an_unknown_commit_that_is_in_the_log_is_fetched_before_the_next() {
     drop((db, reader));
     assert_level(&path);
 }
+
+/// Broken, a connection that cannot follow the log while it is open says nothing of what helps, or
+/// writes on.
+#[test]
+fn in_exclusive_and_rollback_mode_reopening_follows_the_log() {
+    for setup in [
+        "PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL",
+        "SELECT 1",
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let name = path.to_str().unwrap();
+        let db = open(&path);
+        exec(&db, setup);
+        exec(&db, "CREATE TABLE t(a)");
+        sink().fault(name, &[Fault::UnknownCommitted]);
+        let error = try_exec(&db, "INSERT INTO t VALUES (1)").unwrap_err();
+        assert_eq!(code(&error), libsqlite3_sys::SQLITE_IOERR_FSYNC);
+        for _ in 0..2 {
+            let error = try_exec(&db, "INSERT INTO t VALUES (2)").unwrap_err();
+            assert_eq!(code(&error), libsqlite3_sys::SQLITE_IOERR_WRITE);
+            let status = file_status(&db, c"main").unwrap();
+            assert!(
+                status.last_error.contains("open it again"),
+                "{}",
+                status.last_error
+            );
+            assert_eq!(number(&db, "SELECT count(*) FROM t"), 0);
+        }
+        drop(db);
+        let db = open(&path);
+        assert_eq!(number(&db, "SELECT sum(a) FROM t"), 1);
+        exec(&db, "INSERT INTO t VALUES (2)");
+        drop(db);
+        assert_level(&path);
+    }
+}

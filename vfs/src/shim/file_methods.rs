@@ -370,7 +370,15 @@ pub(super) unsafe extern "C" fn x_shm_lock(
         {
             void_wal_index(inner);
         }
-        call!(inner.real, xShmLock, offset, count, flags)
+        let code = call!(inner.real, xShmLock, offset, count, flags);
+        if let (sqlite::SQLITE_OK, Kind::Database(connection)) = (code, &inner.kind)
+            && !unlocks
+            && flags & sqlite::SQLITE_SHM_EXCLUSIVE != 0
+            && offset == WAL_WRITE_LOCK
+        {
+            locked(connection).write_locked();
+        }
+        code
     })
 }
 
