@@ -44,7 +44,7 @@ impl Outcomes {
         let mut words = line.split_whitespace();
         let verb = words.next().unwrap_or_default();
         let mut number = || words.next().and_then(|word| word.parse::<u64>().ok());
-        let told = |n: Option<u64>| n.expect("the writer names the row");
+        let told = |n: Option<u64>| n.unwrap_or_else(|| panic!("no row in {line:?}"));
         match verb {
             "try" => {
                 self.told.insert(told(number()), Told::Nothing);
@@ -172,12 +172,15 @@ impl Writer {
             .stdout(Stdio::piped())
             .spawn()
             .expect("start a writer");
-        let output = BufReader::new(child.stdout.take().expect("its output"));
+        let mut output = BufReader::new(child.stdout.take().expect("its output"));
         let outcomes = Arc::new(Mutex::new(Outcomes::default()));
         let noted = Arc::clone(&outcomes);
         let reader = std::thread::spawn(move || {
-            for line in output.lines().map_while(Result::ok) {
-                noted.lock().expect("outcomes").note(&line);
+            let mut line = String::new();
+            // Killed in the middle of a line, it has not said that line.
+            while output.read_line(&mut line).is_ok() && line.ends_with('\n') {
+                noted.lock().expect("outcomes").note(line.trim_end());
+                line.clear();
             }
         });
         Self {

@@ -102,10 +102,13 @@ fn char_end(bytes: &[u8], at: usize) -> Option<usize> {
 /// The lines before the file's test module, which stands last.
 pub fn without_tests(text: &str) -> String {
     let mut kept = String::new();
-    let mut lines = text.lines().peekable();
-    while let Some(line) = lines.next() {
-        let opens = |line: &&str| line.starts_with("mod ") && line.ends_with('{');
-        if line == "#[cfg(test)]" && lines.peek().is_some_and(opens) {
+    let lines: Vec<&str> = text.lines().collect();
+    for (index, line) in lines.iter().enumerate() {
+        let mut after = lines[index + 1..]
+            .iter()
+            .skip_while(|line| line.starts_with("#["));
+        let opens = |line: &&str| line.contains("mod ") && line.ends_with('{');
+        if *line == "#[cfg(test)]" && after.next().is_some_and(opens) {
             break;
         }
         kept.push_str(line);

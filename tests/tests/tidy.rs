@@ -27,8 +27,15 @@ const MAX_FUNCTION_LINES: usize = 70;
 const MAX_LINE_CHARACTERS: usize = 100;
 /// Longer functions that are better whole: file, function, reason.
 const LONG_FUNCTIONS: [(&str, &str, &str); 0] = [];
-/// The only files that may hold unsafe code: the C boundary.
-const UNSAFE_FILES: [&str; 3] = ["vfs/src/ffi.rs", "vfs/src/shim.rs", "sqlite-ext/src/lib.rs"];
+/// The only places that may hold unsafe code: the C boundary, and the mask of signals of our thread in
+/// somebody else's program.
+const UNSAFE_PLACES: [&str; 5] = [
+    "vfs/src/ffi.rs",
+    "vfs/src/shim.rs",
+    "vfs/src/shim/",
+    "sqlite-ext/src/lib.rs",
+    "sqlite-ext/src/signals.rs",
+];
 
 /// Which crate may import which; the table of the architecture page.
 fn allowed_edges() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
@@ -171,8 +178,8 @@ fn functions_fit_a_screen() {
     // Broken: the rules that keep commits safe would be hidden in pages of branches.
     let mut offences = Vec::new();
     let mut excused = BTreeSet::new();
-    for file in rust_files() {
-        for function in functions(&blank_literals(&file.text)) {
+    for file in rust_files().into_iter().filter(|file| !file.is_test()) {
+        for function in functions(&blank_literals(&without_tests(&file.text))) {
             if function.lines <= MAX_FUNCTION_LINES {
                 continue;
             }
@@ -224,11 +231,15 @@ fn nothing_unfinished_is_left_behind() {
 }
 
 #[test]
-fn unsafe_code_stands_in_three_files_only() {
+fn unsafe_code_stands_at_the_c_boundary_only() {
     // Broken: memory safety of the host would rest on code that nobody reviews for it.
     let mut offences = Vec::new();
     for file in rust_files() {
-        if UNSAFE_FILES.contains(&file.name.as_str()) || file.is_test() {
+        let allowed = UNSAFE_PLACES
+            .iter()
+            .any(|place| file.name.starts_with(place));
+        // Benchmarks are no part of what people load.
+        if allowed || file.is_test() || file.name.starts_with("bench/") {
             continue;
         }
         for (index, line) in blank_literals(&file.text).lines().enumerate() {

@@ -30,6 +30,8 @@ const PRIMARY: &str = "primary";
 const MAX_REPLICAS: i64 = 15;
 /// How often the nodes are looked at.
 const WATCH_INTERVAL: Duration = Duration::from_millis(200);
+/// A killed node is gone when its last write to the disk is through.
+const GONE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Limit of the first attempt to reach a node that was just started.
 const FIRST_CONNECT_LIMIT: Duration = Duration::from_millis(100);
 /// Longest wait for a node to answer: it reads its journal first, at some hundred MB/s.
@@ -93,8 +95,12 @@ async fn start_one(directory: &Path, name: &NodeName) -> Result<(), Failure> {
         return Err(Failure::new(EXIT_USAGE, problem));
     }
     let mut node = DevNode::new(directory, name);
-    if let Some(pid) = node.running() {
-        return Err(anyhow::anyhow!("dev: {name} runs already, as process {pid}").into());
+    // It may have been killed a moment ago.
+    if !node.wait_gone(GONE_TIMEOUT).await {
+        let pid = node
+            .running()
+            .map_or_else(String::new, |pid| format!(", as process {pid}"));
+        return Err(anyhow::anyhow!("dev: {name} runs already{pid}").into());
     }
     let pid = node.spawn_alone()?;
     wait_for_answer(directory, &mut node).await?;

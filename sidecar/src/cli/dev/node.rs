@@ -104,6 +104,43 @@ impl DevNode {
         self.is_this_node(pid).then_some(pid)
     }
 
+    /// Waits until the process that ran this node has let go of its files. One that was killed first
+    /// loses its arguments, and last, when its writes are through, its locks. False when it still
+    /// runs or lingers after `limit`.
+    pub async fn wait_gone(&self, limit: Duration) -> bool {
+        let deadline = tokio::time::Instant::now() + limit;
+        while self.running().is_some() || self.lingers() {
+            if tokio::time::Instant::now() > deadline {
+                return false;
+            }
+            tokio::time::sleep(STOP_POLL_INTERVAL).await;
+        }
+        true
+    }
+
+    /// Whether the node's process is being torn down: no arguments any more, but a live thread.
+    fn lingers(&self) -> bool {
+        let Ok(text) = std::fs::read_to_string(&self.pid_file) else {
+            return false;
+        };
+        let process = Path::new("/proc").join(text.trim());
+        let arguments = std::fs::read(process.join("cmdline"));
+        if !arguments.is_ok_and(|arguments| arguments.is_empty()) {
+            return false;
+        }
+        let Ok(threads) = std::fs::read_dir(process.join("task")) else {
+            return false;
+        };
+        threads.flatten().any(|thread| {
+            let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            // The state stands after the name, which is in parentheses.
+            let state = stat
+                .rsplit_once(") ")
+                .and_then(|(_, rest)| rest.chars().next());
+            state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
+        })
+    }
+
     /// Whether the process is this node, and not one that got an old number. A process that ended
     /// and is not yet waited for has no arguments any more.
     fn is_this_node(&self, pid: Pid) -> bool {
@@ -137,6 +174,7 @@ impl DevNode {
         while let Some(pid) = self.running() {
             if tokio::time::Instant::now() > deadline {
                 let _ = kill_process(pid, Signal::KILL);
+                self.wait_gone(limit).await;
                 self.reap();
                 anyhow::bail!(
                     "dev: {} did not stop within {limit:?} and was killed",
@@ -147,6 +185,7 @@ impl DevNode {
             self.ended_now();
             tokio::time::sleep(STOP_POLL_INTERVAL).await;
         }
+        self.wait_gone(limit).await;
         self.reap();
         // Nobody should take the number for a running node.
         let _ = std::fs::remove_file(&self.pid_file);
