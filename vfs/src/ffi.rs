@@ -6,8 +6,8 @@
 
 use crate::connection::FileStatus;
 use libsqlite3_sys::{
-    sqlite3, sqlite3_callback, sqlite3_context, sqlite3_file, sqlite3_module, sqlite3_stmt,
-    sqlite3_value, sqlite3_vfs,
+    sqlite3, sqlite3_callback, sqlite3_context, sqlite3_file, sqlite3_module, sqlite3_value,
+    sqlite3_vfs,
 };
 use std::ffi::{CStr, CString, c_char, c_int, c_uchar, c_void};
 
@@ -171,10 +171,6 @@ slots! {
     vfs_unregister = 143 (vfs: *mut sqlite3_vfs) -> c_int;
 }
 
-// Keeps the type imported for signatures that callers build on.
-#[allow(dead_code, reason = "statements are never made through this table")]
-type Statement = sqlite3_stmt;
-
 impl Api {
     /// The table that a host handed over; none when a slot that is needed is empty (a host that
     /// was built with parts left out, or is older than 3.37).
@@ -214,6 +210,7 @@ impl Api {
         // SAFETY: `new` found all indices in use filled.
         match unsafe { self.raw(index) } {
             Some(function) => function,
+            // `new` made sure of it; going on would jump to address zero in the host's process.
             None => std::process::abort(),
         }
     }

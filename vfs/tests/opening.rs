@@ -404,3 +404,87 @@ fn others_go_on_after_a_crash_at_the_gate() {
     drop(db);
     assert_level(&path);
 }
+
+/// The process that is killed under load. Does nothing when it is run as a test.
+#[test]
+fn load_child() {
+    let Ok(path) = std::env::var("DUROVFS_LOAD_PATH") else {
+        return;
+    };
+    let db = open(Path::new(&path));
+    exec(
+        &db,
+        "PRAGMA cache_size=10; PRAGMA wal_autocheckpoint=20; PRAGMA synchronous=OFF",
+    );
+    let acknowledged = format!("{path}.acknowledged");
+    let mut acknowledged = std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(acknowledged)
+        .unwrap();
+    for id in number(&db, "SELECT coalesce(max(a), 0) + 1 FROM t").. {
+        let rows = if id % 5 == 0 { 60 } else { 1 };
+        exec(
+            &db,
+            &format!(
+                "BEGIN; WITH n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i<{rows}) \
+                 INSERT INTO t SELECT {id}, randomblob(700) FROM n; \
+                 UPDATE t SET b = randomblob(600) WHERE a = {id} - 5; COMMIT"
+            ),
+        );
+        std::io::Write::write_all(&mut acknowledged, &(id as u64).to_le_bytes()).unwrap();
+    }
+}
+
+/// Broken, kill -9 at some moment loses a commit that COMMIT reported as done, or leaves a file that
+/// is not what the log has.
+#[test]
+fn killed_at_random_moments_nothing_acknowledged_is_lost() {
+    use rand::{RngExt, SeedableRng};
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed());
+    for journal in ["WAL", "DELETE"] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let db = open(&path);
+        exec(
+            &db,
+            &format!("PRAGMA journal_mode={journal}; CREATE TABLE t(a, b)"),
+        );
+        drop(db);
+        let (mut most, rounds) = (0, 10);
+        for round in 0..rounds {
+            let mut child = Command::new(std::env::current_exe().unwrap())
+                .args(["load_child", "--exact"])
+                .env("DUROVFS_LOAD_PATH", &path)
+                .stderr(std::process::Stdio::null())
+                .spawn()
+                .unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(rng.random_range(60..400)));
+            child.kill().unwrap();
+            child.wait().unwrap();
+            let db = open(&path);
+            let bytes = std::fs::read(format!("{}.acknowledged", path.display()));
+            let bytes = bytes.unwrap_or_default();
+            let told = bytes
+                .chunks_exact(8)
+                .map(|b| u64::from_le_bytes(b.try_into().unwrap()));
+            let told: std::collections::BTreeSet<u64> = told.collect();
+            for id in &told {
+                let rows = number(&db, &format!("SELECT count(*) FROM t WHERE a = {id}"));
+                assert_eq!(
+                    rows,
+                    if id % 5 == 0 { 60 } else { 1 },
+                    "round {round}, commit {id}"
+                );
+            }
+            most = most.max(told.len());
+            exec(
+                &db,
+                "CREATE TABLE IF NOT EXISTS u(a); INSERT INTO u VALUES (1)",
+            );
+            drop(db);
+            assert_level(&path);
+        }
+        assert!(most > 0, "nothing was committed before the kills");
+    }
+}

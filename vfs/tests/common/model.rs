@@ -229,8 +229,10 @@ impl ModelSink {
             pages,
         };
         log.check(&entry);
-        let mut record = Vec::new();
+        let mut record = vec![0u8; 8];
         encode(&entry, &mut record);
+        let length = record.len() as u64 - 8;
+        record[..8].copy_from_slice(&length.to_le_bytes());
         file.seek(SeekFrom::End(0)).unwrap();
         file.write_all(&record).unwrap();
         log.catch_up(&mut file);
@@ -281,10 +283,20 @@ impl Log {
         file.seek(SeekFrom::Start(self.file_offset)).unwrap();
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).unwrap();
-        self.file_offset += bytes.len() as u64;
         let mut rest = bytes.as_slice();
         while !rest.is_empty() {
+            let length = rest
+                .get(..8)
+                .map(|head| u64::from_le_bytes(head.try_into().unwrap()));
+            let length = length.map_or(usize::MAX, |length| length as usize);
+            if rest.len().saturating_sub(8) < length {
+                // Its writer was killed in the middle of it: it was never acknowledged.
+                file.set_len(self.file_offset).unwrap();
+                break;
+            }
+            rest = &rest[8..];
             let entry = decode(&mut rest);
+            self.file_offset += 8 + length as u64;
             self.apply(&entry);
             self.entries.push(entry);
         }
