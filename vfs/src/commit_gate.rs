@@ -153,7 +153,7 @@ impl Connection {
         };
         self.take_over(wal, old_count, &completion, &state)
             .map_err(|refusal| {
-                // The quorum has the transaction and this file does not: never behind its back again.
+                // The quorum has the transaction and this file does not: nothing may build on it.
                 let message =
                     format!("{position} is committed, the local file could not take it: {refusal}");
                 self.poison(&message);

@@ -40,7 +40,10 @@ unsafe impl Send for Api {}
 unsafe impl Sync for Api {}
 
 macro_rules! slots {
-    ($($(#[$doc:meta])* $name:ident = $index:literal ($($arg:ident: $type:ty),*) $(-> $ret:ty)?;)*) => {
+    ($(
+        $(#[$doc:meta])*
+        $name:ident = $index:literal ($($arg:ident: $type:ty),*) $(-> $ret:ty)?;
+    )*) => {
         /// Slots that the shim or the extension calls: name in `sqlite3ext.h`, index.
         pub const SLOTS: &[(&str, usize)] = &[
             $((stringify!($name), $index),)*

@@ -1,5 +1,5 @@
-//! The shim: a SQLite VFS that wraps the host's own, lets each commit reach the local file only when
-//! the quorum has it, and brings the local file level with the log when it is opened.
+//! The shim: a SQLite VFS that wraps the host's own, lets each commit reach the local file only
+//! when the quorum has it, and brings the local file level with the log when it is opened.
 //!
 //! Blocking, without a runtime; what leaves the process goes through [`sink::Sink`]. Only `ffi.rs`
 //! and `shim.rs` hold unsafe code. `docs/architecture.md`, "The shim", tells how it works.

@@ -1,12 +1,12 @@
-//! The mark: the file `<database>-durovfs`, which says which log a local file belongs to and what of
-//! it the file is known to hold. All processes that use the database share it.
+//! The mark: the file `<database>-durovfs`, which says which log a local file belongs to and what
+//! of it the file is known to hold. All processes that use the database share it.
 //!
 //! Little-endian numbers. Changed only under SQLite's write lock, but for the stamp, which belongs
 //! to the holder of the checkpoint lock.
 //!
 //! | offset | bytes | |
 //! |---|---|---|
-//! | 0, 512 | 512 each | two slots, written in turn; the valid one with the higher sequence counts |
+//! | 0, 512 | 512 each | two slots, written in turn; the valid one of higher sequence counts |
 //! | 1024 | 40 | stamp of the database file: magic, size, inode, change time (s, ns), CRC-32 |
 //! | 2048 | up to 6144 | name: length (u16), CRC-32 of the text, text |
 //! | 8192 | 8 per page | page table (`page_table.rs`) |
@@ -202,7 +202,7 @@ impl Mark {
         }
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
-        // As readable as the database is: whoever may write the one must be able to write the other.
+        // As readable as the database is: whoever may write the one must be able to do the other.
         let mode = std::fs::metadata(database_path).map_or(0o644, |m| m.mode() & 0o666);
         let file = options.mode(mode).open(&path);
         let file = Arc::new(file.map_err(|error| Refusal::io("create mark", &path, &error))?);

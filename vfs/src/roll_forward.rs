@@ -217,7 +217,7 @@ impl Applier<'_> {
         // While a cut-short run is mended the table may hold some of these pages already.
         if checksum != commit.checksum && !self.state.applying {
             return Err(Refusal::cannot_open(format!(
-                "checksum after {} is {checksum} here and {} in the log: local file and log differ; \
+                "checksum after {} is {checksum} here and {} in the log: they differ; \
                  use `durovfs resolve`",
                 transaction.summary.position, commit.checksum
             )));
@@ -246,7 +246,8 @@ impl Applier<'_> {
             let sum = self.table.sum(1, self.state.page_count())?;
             if sum != self.state.checksum() {
                 return Err(Refusal::cannot_open(format!(
-                    "checksum is {sum} after the roll forward, in the log {}; use `durovfs resolve`",
+                    "checksum is {sum} after the roll forward, in the log {}; \
+                     use `durovfs resolve`",
                     self.state.checksum()
                 )));
             }
@@ -391,7 +392,8 @@ impl Connection {
             &mut |tx| {
                 if tx.summary.commit.whole_image {
                     return Err(Refusal::not_committed(
-                        "the log replaces the whole database: close all connections and open it again",
+                        "the log replaces the whole database: close all connections and open it \
+                         again",
                     ));
                 }
                 applier.apply(tx)

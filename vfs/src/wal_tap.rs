@@ -1,6 +1,6 @@
 //! The WAL tap: turns SQLite's writes to a `-wal` file, byte ranges at offsets, into page images of
 //! the open transaction, and finds the **completing write**: the one after which the chain of salts
-//! and checksums holds through a frame with a database size. Layout of the bytes: `wire/src/wal.rs`.
+//! and checksums holds through a frame with a database size. The bytes: `wire/src/wal.rs`.
 //!
 //! No pointers and no I/O: earlier frames are read back through [`BaseFile`], and what is to be
 //! written is told, not done. Memory is bounded: images leave as payloads of streamed slots as soon
@@ -275,8 +275,8 @@ impl WalTap {
         self.held.is_some()
     }
 
-    /// Lays what is held, or arrived in part, over bytes that were read from `offset`; returns where
-    /// the WAL ends if that is in held bytes.
+    /// Lays what is held, or arrived in part, over bytes that were read from `offset`; returns
+    /// where the WAL ends if that is in held bytes.
     pub fn overlay(&self, buffer: &mut [u8], offset: u64) -> Option<u64> {
         let held = self.held.as_ref().map(|held| (held.offset, &held.bytes));
         let partial = self

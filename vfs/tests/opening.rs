@@ -436,8 +436,8 @@ fn load_child() {
     }
 }
 
-/// Broken, kill -9 at some moment loses a commit that COMMIT reported as done, or leaves a file that
-/// is not what the log has.
+/// Broken, kill -9 at some moment loses a commit that COMMIT reported as done, or leaves a file
+/// that is not what the log has.
 #[test]
 fn killed_at_random_moments_nothing_acknowledged_is_lost() {
     use rand::{RngExt, SeedableRng};

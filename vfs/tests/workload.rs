@@ -231,7 +231,7 @@ fn rounds() -> u32 {
     std::env::var("DUROVFS_ROUNDS")
         .ok()
         .and_then(|text| text.parse().ok())
-        .unwrap_or(70)
+        .unwrap_or(40)
 }
 
 fn run(seed: u64, page_size: u32, exclusive: bool, journal: &'static str) -> u32 {
@@ -277,8 +277,8 @@ fn log_and_file_agree_in_exclusive_mode() {
     );
 }
 
-/// Broken, the gate of rollback-journal mode sends other pages than SQLite wrote, or takes a journal
-/// that is played back for a commit.
+/// Broken, the gate of rollback-journal mode sends other pages than SQLite wrote, or takes a
+/// journal that is played back for a commit.
 #[test]
 fn log_and_file_agree_in_rollback_mode() {
     let seed = seed();

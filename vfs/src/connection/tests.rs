@@ -236,8 +236,8 @@ fn a_broken_chain_is_refused_and_nothing_is_sent() {
     assert_eq!(world.connection.status().position.lsn, Lsn::new(2));
 }
 
-/// Broken, SQLITE_BUSY leaves a WAL write: SQLite keeps the transaction open, and every commit after
-/// it is lost in a crash.
+/// Broken, SQLITE_BUSY leaves a WAL write: SQLite keeps the transaction open, and every commit
+/// after it is lost in a crash.
 #[test]
 fn busy_never_leaves_the_shim() {
     for code in [

@@ -1,5 +1,5 @@
-//! The methods of `sqlite3_vfs`, in SQLite's order: what a file is to us is decided in `x_open`, all
-//! else goes to the host's VFS.
+//! The methods of `sqlite3_vfs`, in SQLite's order: what a file is to us is decided in `x_open`,
+//! all else goes to the host's VFS.
 
 use super::file_methods::methods_for;
 use super::{Inner, ShimFile, file_bytes, guarded, host_of, kind_of};
