@@ -1,10 +1,11 @@
 //! Replays a node's journal: what a replica would have if its journal were all that is left.
 
+use crate::cluster::Cluster;
 use durovfs_journal::{DatabaseState, Journal, JournalOptions};
 use durovfs_wire::entry::SlotIndex;
 use durovfs_wire::{DatabaseChecksum, Lsn, PageChecksum, PageNo, PartKind};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// What a journal holds of one database.
 #[derive(Debug)]
@@ -43,11 +44,21 @@ impl Replayed {
     }
 }
 
-/// Copies a journal's directory. Its node may run: what it appends meanwhile may be torn.
+/// Copies the journals of all replicas, by node. To be done before the cluster stops: its last upload
+/// lets the replicas drop what they hold. Nothing may be committed meanwhile.
 ///
 /// # Panics
 /// When that fails.
-pub fn copy_journal(from: &Path, to: &Path) {
+pub fn copy_journals(cluster: &Cluster) -> BTreeMap<String, PathBuf> {
+    let copy = |node: String| {
+        let to = cluster.scratch().join(format!("{node}-journal"));
+        copy_journal(&cluster.node_path(&node).join("data/journal"), &to);
+        (node, to)
+    };
+    cluster.replicas().into_iter().map(copy).collect()
+}
+
+fn copy_journal(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).expect("make the copy's directory");
     for entry in std::fs::read_dir(from).expect("list the journal") {
         let path = entry.expect("list the journal").path();

@@ -4,8 +4,9 @@ use durovfs_tests::app::{App, sqlite_shell};
 use durovfs_tests::cluster::{Cluster, ClusterOptions, text};
 use durovfs_tests::image::{assert_same, checksum_of, image_of};
 use durovfs_tests::outcomes::{Writer, create_tables};
-use durovfs_tests::replay::{copy_journal, replay};
-use std::path::Path;
+use durovfs_tests::replay::{copy_journals, replay};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 const COMMITS: u64 = 10_000;
@@ -13,15 +14,18 @@ const COMMITS: u64 = 10_000;
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// Fails unless the replicas' journals, the archive and the file hold the same database.
-fn assert_all_agree(cluster: &Cluster, stopped: &Cluster, database: &Path, rows: u64) {
+fn assert_all_agree(
+    cluster: &Cluster,
+    journals: &BTreeMap<String, PathBuf>,
+    database: &Path,
+    rows: u64,
+) {
     let scratch = cluster.scratch();
     let image = image_of(database, scratch);
     let checksum = checksum_of(&image);
     let mut lsns = Vec::new();
-    for node in stopped.replicas() {
-        let copy = scratch.join(format!("{node}-{rows}"));
-        copy_journal(&stopped.node_path(&node).join("data/journal"), &copy);
-        let replayed = replay(&copy, database);
+    for (node, journal) in journals {
+        let replayed = replay(journal, database);
         assert_eq!(
             replayed.carried, checksum,
             "{node}: the log carries another checksum"
@@ -31,7 +35,7 @@ fn assert_all_agree(cluster: &Cluster, stopped: &Cluster, database: &Path, rows:
             checksum,
             "{node}: its pages are others"
         );
-        assert_same(&node, &replayed.image(), &image);
+        assert_same(node, &replayed.image(), &image);
         assert!(
             replayed.lsn.get() > rows,
             "{node}: {} entries for {rows} rows",
@@ -82,10 +86,11 @@ fn ten_thousand_commits_leave_seven_equal_copies() {
     for database in [&by_shell, &by_python] {
         cluster.wait_level(database, LIMIT);
     }
+    let journals = copy_journals(&cluster);
     // The end uploads what no interval has uploaded yet.
     cluster.stop();
     for (database, rows) in [(&by_shell, COMMITS), (&by_python, COMMITS + 1)] {
-        assert_all_agree(&cluster, &cluster, database, rows);
+        assert_all_agree(&cluster, &journals, database, rows);
     }
     outcomes.check("file", &by_python, 1);
 }

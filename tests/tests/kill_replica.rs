@@ -3,7 +3,7 @@
 use durovfs_tests::cluster::{Cluster, ClusterOptions};
 use durovfs_tests::image::{assert_same, checksum_of, copy_database, image_of};
 use durovfs_tests::outcomes::{Told, Writer, create_tables};
-use durovfs_tests::replay::{copy_journal, replay};
+use durovfs_tests::replay::{copy_journals, replay};
 use durovfs_tests::seed::{Seeded, kill_count};
 use std::time::Duration;
 
@@ -72,16 +72,15 @@ fn killed_replicas_stop_no_commit_and_catch_up() {
     let mut outcomes = outcomes;
     outcomes.extend(last);
     cluster.wait_level(&database, LIMIT);
+    let journals = copy_journals(&cluster);
     cluster.stop();
     let copy = cluster.scratch().join("copy.db");
     copy_database(&database, &copy);
     outcomes.check("file", &copy, 1);
     let image = image_of(&database, cluster.scratch());
-    for node in cluster.replicas() {
-        let journal = cluster.scratch().join(format!("{node}-journal"));
-        copy_journal(&cluster.node_path(&node).join("data/journal"), &journal);
-        let replayed = replay(&journal, &database);
+    for (node, journal) in &journals {
+        let replayed = replay(journal, &database);
         assert_eq!(replayed.checksum(), checksum_of(&image), "{node}");
-        assert_same(&node, &replayed.image(), &image);
+        assert_same(node, &replayed.image(), &image);
     }
 }

@@ -4,7 +4,7 @@
 use durovfs_tests::app::{App, NOT_COMMITTED, UNKNOWN};
 use durovfs_tests::cluster::{Cluster, ClusterOptions};
 use durovfs_tests::image::{assert_same, checksum_of, image_of};
-use durovfs_tests::replay::{copy_journal, replay};
+use durovfs_tests::replay::{copy_journals, replay};
 use std::path::Path;
 use std::time::Duration;
 
@@ -107,16 +107,15 @@ fn what_is_refused_without_a_quorum_is_nowhere() {
     assert_eq!(app.value("SELECT count(*) FROM t"), 2 * SAMPLE + 1);
     app.close();
     cluster.wait_level(&database, LIMIT);
+    let journals = copy_journals(&cluster);
     cluster.stop();
 
     // The same pages everywhere, and the refused rows are in none of them.
     let image = image_of(&database, cluster.scratch());
-    for node in cluster.replicas() {
-        let copy = cluster.scratch().join(format!("{node}-journal"));
-        copy_journal(&cluster.node_path(&node).join("data/journal"), &copy);
-        let replayed = replay(&copy, &database);
+    for (node, journal) in &journals {
+        let replayed = replay(journal, &database);
         assert_eq!(replayed.checksum(), checksum_of(&image), "{node}");
-        assert_same(&node, &replayed.image(), &image);
+        assert_same(node, &replayed.image(), &image);
     }
     let restored = cluster.scratch().join("restored.db");
     cluster.restore(&database, None, &restored);
