@@ -1,5 +1,5 @@
-//! What a writer (`programs/writer.py`) was told about each of its commits, and whether that is true
-//! of a database.
+//! What a writer (`programs/writer.py`) was told about each of its commits, and whether that is
+//! true of a database.
 
 use crate::app::plain_query;
 use crate::binaries::{PYTHON, binaries, program};

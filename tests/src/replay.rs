@@ -44,8 +44,8 @@ impl Replayed {
     }
 }
 
-/// Copies the journals of all replicas, by node. To be done before the cluster stops: its last upload
-/// lets the replicas drop what they hold. Nothing may be committed meanwhile.
+/// Copies the journals of all replicas, by node. To be done before the cluster stops: its last
+/// upload lets the replicas drop what they hold. Nothing may be committed meanwhile.
 ///
 /// # Panics
 /// When that fails.

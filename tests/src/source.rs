@@ -188,7 +188,8 @@ mod tests {
     #[test]
     fn functions_are_measured_from_signature_to_brace() {
         // Broken: long functions would not be found.
-        let text = "trait T {\n    fn none(&self);\n}\npub(crate) async fn two(\n    a: [u8; 2],\n) {\n    \
+        let text = "trait T {\n    fn none(&self);\n}\n\
+                    pub(crate) async fn two(\n    a: [u8; 2],\n) {\n    \
                     if true {\n    }\n}\nlet f: fn (u8) = x;\n";
         let found = functions(&blank_literals(text));
         assert_eq!(found.len(), 1, "{found:?}");

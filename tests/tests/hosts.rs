@@ -1,5 +1,5 @@
-//! The programs that load the extension: SQLite from the system, SQLite linked in and hidden, several
-//! processes, a fork.
+//! The programs that load the extension: SQLite from the system, SQLite linked in and hidden,
+//! several processes, a fork.
 
 use durovfs_tests::app::{plain_query, sqlite_shell};
 use durovfs_tests::binaries::{PYTHON, binaries, program, workspace};

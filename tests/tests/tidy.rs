@@ -1,5 +1,5 @@
-//! The tree keeps the shape that `docs/architecture.md` gives it. Each rule is a test of its own, so
-//! that a failure says which one was broken, where.
+//! The tree keeps the shape that `docs/architecture.md` gives it. Each rule is a test of its own,
+//! so that a failure says which one was broken, where.
 
 use durovfs_tests::binaries::workspace;
 use durovfs_tests::source::{blank_literals, functions, without_tests};
@@ -27,8 +27,8 @@ const MAX_FUNCTION_LINES: usize = 70;
 const MAX_LINE_CHARACTERS: usize = 100;
 /// Longer functions that are better whole: file, function, reason.
 const LONG_FUNCTIONS: [(&str, &str, &str); 0] = [];
-/// The only places that may hold unsafe code: the C boundary, and the mask of signals of our thread in
-/// somebody else's program.
+/// The only places that may hold unsafe code: the C boundary, and the mask of signals of our thread
+/// in somebody else's program.
 const UNSAFE_PLACES: [&str; 5] = [
     "vfs/src/ffi.rs",
     "vfs/src/shim.rs",

@@ -104,9 +104,9 @@ impl DevNode {
         self.is_this_node(pid).then_some(pid)
     }
 
-    /// Waits until the process that ran this node has let go of its files. One that was killed first
-    /// loses its arguments, and last, when its writes are through, its locks. False when it still
-    /// runs or lingers after `limit`.
+    /// Waits until the process that ran this node has let go of its files. One that was killed
+    /// first loses its arguments, and last, when its writes are through, its locks. False when it
+    /// still runs or lingers after `limit`.
     pub async fn wait_gone(&self, limit: Duration) -> bool {
         let deadline = tokio::time::Instant::now() + limit;
         while self.running().is_some() || self.lingers() {
