@@ -341,6 +341,8 @@ impl Replica {
             last,
             commit_lsn: self.commit_lsn,
             archive_lsn: self.archive_lsn(),
+            // The driver fills it in: this machine keeps no transactions.
+            last_transaction: None,
             history: history.runs().to_vec(),
         };
         self.effects.push_back(ReplicaEffect::Send {

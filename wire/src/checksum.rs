@@ -13,7 +13,8 @@ use std::fmt;
 use std::ops::Range;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
 
-/// Bytes of page 1 that differ between equal databases (<https://sqlite.org/fileformat2.html>, 1.3).
+/// Bytes of page 1 that differ between equal databases
+/// (<https://sqlite.org/fileformat2.html>, 1.3).
 pub const VOLATILE_HEADER_RANGES: [Range<usize>; 2] = [24..28, 92..100];
 
 /// Checksum of one page of one database.

@@ -1,4 +1,5 @@
-//! Who and which: identifiers of databases, nodes, clients and claims. No logic beyond parse and print.
+//! Who and which: identifiers of databases, nodes, clients and claims. Nothing beyond parse and
+//! print.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -59,11 +60,11 @@ macro_rules! random_id {
 pub struct InvalidId;
 
 random_id!(
-    /// One log: drawn when a database is first protected. Its name may be given to another log later.
+    /// One log: drawn when a database is first protected. Another log may have its name later.
     DatabaseId
 );
 random_id!(
-    /// One application process that commits. Drawn when the extension loads, and again after a fork.
+    /// One application process that commits. Drawn when the extension loads, again after a fork.
     ClientId
 );
 random_id!(

@@ -1,4 +1,4 @@
-//! The vocabulary of durovfs and its bytes: positions, entries, messages, and the codec of all links.
+//! The vocabulary of durovfs and its bytes: positions, entries, messages, the codec of all links.
 //!
 //! Pure data. No I/O, no clock, no async, no randomness: what needs any of these lives in the crate
 //! that uses this one. `docs/protocol.md` explains each exchange.

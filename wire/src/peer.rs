@@ -157,6 +157,9 @@ pub struct Promise {
     pub commit_lsn: Lsn,
     /// Known archived.
     pub archive_lsn: Lsn,
+    /// The last transaction at or below `last`, as its journal knows it: a primary whose own log
+    /// begins anew behind the archive learns from it how the database stands.
+    pub last_transaction: Option<crate::entry::TransactionSummary>,
     /// The runs of its log, oldest first; from the one that holds `archive_lsn` on, at least.
     pub history: Vec<EpochRun>,
 }

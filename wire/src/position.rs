@@ -1,4 +1,5 @@
-//! Where in a log: `Lsn`, `Epoch`, their pair, bookmarks and commit times. Checked arithmetic lives here.
+//! Where in a log: `Lsn`, `Epoch`, their pair, bookmarks, commit times. Checked arithmetic lives
+//! here.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;

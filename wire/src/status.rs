@@ -1,4 +1,4 @@
-//! What nodes tell people about themselves: the data behind `durovfs status` and `durovfs_status()`.
+//! What nodes tell people about themselves: what `durovfs status` and `durovfs_status()` show.
 //!
 //! The field names are the names in `--json` output, which is stable: add, do not rename.
 

@@ -140,7 +140,7 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     /// Deletes objects; one that is not there counts as deleted.
     async fn delete(&self, keys: &[String]) -> Result<(), StoreError>;
 
-    /// Whether the store exists and answers. An empty store lists nothing, a missing one fails here.
+    /// Whether the store exists and answers. An empty one lists nothing, a missing one fails here.
     async fn check(&self) -> Result<(), StoreError>;
 
     /// Where it is, without anything secret.

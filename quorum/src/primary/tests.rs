@@ -59,6 +59,7 @@ fn promise(primary: &Primary, previous: u32, history: &[(u32, u64)], last: u64) 
         last: log.position_at(Lsn::new(last)).unwrap(),
         commit_lsn: Lsn::ZERO,
         archive_lsn: Lsn::ZERO,
+        last_transaction: None,
         history,
     }
 }

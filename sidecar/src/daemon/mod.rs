@@ -76,6 +76,8 @@ async fn run_local(config: SidecarConfig) -> anyhow::Result<()> {
         replica_journal,
         store,
     })?;
+    durovfs_archive::chunk::prepare_scratch(&node.scratch_folder())
+        .with_context(|| format!("prepare {}", node.scratch_folder().display()))?;
     node.resume(primary_states, replica_states);
     tracing::info!(node = %node.name(), address = %endpoint.local_addr()?, "sidecar is ready");
 

@@ -101,6 +101,9 @@ impl Node {
     /// Takes up the databases that the journals hold.
     pub fn resume(&mut self, primaries: Vec<DatabaseState>, replicas: Vec<DatabaseState>) {
         for state in replicas {
+            // The last drops before a crash may not have been noted.
+            self.replica_journal
+                .drop_through(state.database, state.archive_lsn.min(state.commit_lsn));
             self.replicas
                 .insert(state.database, ReplicaDatabase::from_journal(&state));
         }
@@ -134,8 +137,7 @@ impl Node {
         let Some(db) = self.primaries.get_mut(&database) else {
             return;
         };
-        db.claimant = new_claimant();
-        db.machine.start_claim(db.claimant);
+        db.begin_claim();
         for (node, peer) in &self.peers {
             if peer.link.is_some() && db.feeds.contains_key(node) {
                 db.machine.handle_connected(node);
@@ -214,6 +216,13 @@ impl Node {
                 self.handle_from_client(session, &grant, &outbox, message, (payload, permit));
             }
             Event::ClientLost { session } => tracing::debug!(?session, "a client is gone"),
+            ended => self.handle_task_event(ended),
+        }
+    }
+
+    /// A task of ours has ended, or tells that it moves.
+    fn handle_task_event(&mut self, event: Event) {
+        match event {
             Event::Fetched {
                 database,
                 epoch,
@@ -242,6 +251,8 @@ impl Node {
             Event::SnapshotMade { database, result } => {
                 self.handle_snapshot_made(database, result);
             }
+            // Everything else has been taken by the caller.
+            _ => {}
         }
     }
 

@@ -53,6 +53,10 @@ pub struct PrimaryDatabase {
     pub own_writes: u32,
     /// An epoch start that waits for them, so that it is made from what the journal then says.
     pub epoch_start: Option<LogPosition>,
+    /// The best promise of this claim: the end of its log, and the last transaction there.
+    pub donor_end: (LogPosition, Option<TransactionSummary>),
+    /// Whether our own log begins anew behind the archive in this claim.
+    pub restarted: bool,
     /// Our own journal failed: the log is read again from the replicas.
     pub own_trouble: Option<String>,
     /// The newest attempt to win an epoch.
@@ -152,6 +156,8 @@ impl PrimaryDatabase {
             written_lsn,
             own_writes: 0,
             epoch_start: None,
+            donor_end: (LogPosition::ZERO, None),
+            restarted: false,
             own_trouble: None,
             claimant: new_claimant(),
             claim_at: None,
@@ -173,6 +179,14 @@ impl PrimaryDatabase {
         }
         let settled = self.settled.entry(origin.client).or_default();
         *settled = origin.sequence.max(*settled);
+    }
+
+    /// Makes a new attempt to win an epoch.
+    pub fn begin_claim(&mut self) {
+        self.claimant = new_claimant();
+        self.donor_end = (LogPosition::ZERO, None);
+        self.restarted = false;
+        self.machine.start_claim(self.claimant);
     }
 
     /// The last entry that a replica acked in this epoch.
@@ -548,7 +562,7 @@ impl Node {
     /// Makes the epoch start from what our own journal says now: all truncation is behind it.
     pub fn write_epoch_start(&mut self, database: DatabaseId, position: LogPosition) {
         let time = self.next_time(database);
-        let last_transaction = self
+        let held = self
             .primary_journal
             .state(database)
             .and_then(|state| state.last_transaction);
@@ -559,6 +573,8 @@ impl Node {
             return;
         }
         let claimant = db.claimant;
+        // A log that begins anew behind the archive does not know its last transaction itself.
+        let last_transaction = held.or(db.donor_end.1.filter(|_| db.restarted));
         db.last_transaction = last_transaction;
         let header = PartHeader {
             database,
@@ -617,6 +633,7 @@ impl Node {
             tracing::warn!(name = %db.name, position = %pending.summary.position,
                 "no quorum of acks in time: burying the entry");
             db.claimant = new_claimant();
+            db.restarted = false;
             db.machine.start_bury(db.claimant);
         }
         if waited >= answer_after && !pending.waiters.is_empty() {

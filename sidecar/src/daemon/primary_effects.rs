@@ -3,7 +3,7 @@
 use super::bulk::{self, FetchJob};
 use super::event::SessionId;
 use super::feed::Feed;
-use super::node::{Node, new_claimant};
+use super::node::Node;
 use super::primary::{PrimaryDatabase, Waiter, Want};
 use durovfs_journal::Record;
 use durovfs_quorum::{PrimaryEffect, PrimaryState};
@@ -40,19 +40,7 @@ impl Node {
                 }
             }
             PrimaryEffect::CutOwnLog { after } => self.cut_own_log(database, after),
-            PrimaryEffect::RestartOwnLog { at } => {
-                if let Some(db) = self.primaries.get_mut(&database) {
-                    db.written_lsn = at.lsn;
-                    db.streamed = None;
-                    db.machine.handle_retained(at.lsn.next());
-                }
-                self.write_own_records(
-                    database,
-                    vec![Record::Restart { database, at }],
-                    None,
-                    None,
-                );
-            }
+            PrimaryEffect::RestartOwnLog { at } => self.restart_own_log(database, at),
             PrimaryEffect::Fetch {
                 donor,
                 first_lsn,
@@ -94,20 +82,32 @@ impl Node {
             }
             PrimaryEffect::Opened { epoch, end } => self.opened(database, epoch, end),
             PrimaryEffect::Committed { lsn } => self.committed(database, lsn),
-            PrimaryEffect::Buried { lsn } => {
-                let buried = self
-                    .primaries
-                    .get(&database)
-                    .and_then(|db| db.pending.as_ref())
-                    .is_some_and(|pending| pending.summary.position.lsn >= lsn);
-                if buried {
-                    self.settle_pending(database, None);
-                }
-            }
+            PrimaryEffect::Buried { lsn } => self.buried(database, lsn),
             PrimaryEffect::BuryRefused => {
                 tracing::warn!(%database, "another node claimed in between: the log decides");
             }
             PrimaryEffect::Fenced { by } => self.fenced(database, by),
+        }
+    }
+
+    fn restart_own_log(&mut self, database: DatabaseId, at: LogPosition) {
+        if let Some(db) = self.primaries.get_mut(&database) {
+            db.written_lsn = at.lsn;
+            db.streamed = None;
+            db.restarted = true;
+            db.machine.handle_retained(at.lsn.next());
+        }
+        self.write_own_records(database, vec![Record::Restart { database, at }], None, None);
+    }
+
+    fn buried(&mut self, database: DatabaseId, lsn: Lsn) {
+        let buried = self
+            .primaries
+            .get(&database)
+            .and_then(|db| db.pending.as_ref())
+            .is_some_and(|pending| pending.summary.position.lsn >= lsn);
+        if buried {
+            self.settle_pending(database, None);
         }
     }
 
@@ -337,6 +337,12 @@ impl Node {
         let Some(db) = self.primaries.get_mut(&database) else {
             return;
         };
+        if let ReplicaMessage::Promised(promise) = &message
+            && promise.epoch == db.machine.epoch()
+            && promise.last > db.donor_end.0
+        {
+            db.donor_end = (promise.last, promise.last_transaction);
+        }
         if let Err(violation) = db.machine.handle_message(node, &message) {
             tracing::error!(%node, name = %db.name, %violation, "a replica broke the protocol");
             return;
@@ -363,14 +369,14 @@ impl Node {
             db.machine.state(),
             PrimaryState::Fenced { .. } | PrimaryState::Idle
         ) {
-            db.claimant = new_claimant();
-            db.machine.start_claim(db.claimant);
+            db.begin_claim();
         }
         self.drive_primary(database);
     }
 
     /// Our own journal failed: the machine begins again from what it holds.
     fn restart_primary(&mut self, database: DatabaseId) {
+        self.primary_journal.resume(database);
         let state = self.primary_journal.state(database);
         let Some(old) = self.primaries.remove(&database) else {
             return;

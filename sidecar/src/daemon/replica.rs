@@ -9,7 +9,7 @@ use bytes::Bytes;
 use durovfs_journal::{DatabaseState, JournalError, Record};
 use durovfs_quorum::{AppendVerdict, Replica, ReplicaEffect, ReplicaState};
 use durovfs_wire::peer::{Claim, PrimaryMessage, RejectReason, ReplicaMessage};
-use durovfs_wire::{DatabaseId, EntryPart, Epoch, LogPosition, Lsn, NodeName};
+use durovfs_wire::{DatabaseId, EntryPart, Epoch, LogPosition, Lsn, NodeName, PartHeader};
 use std::time::{Duration, Instant};
 
 /// A claim by another node is refused while the primary gave a sign of life this lately. Liveness
@@ -236,7 +236,19 @@ impl Node {
         }
         replica.holder = Some(node.clone());
         records.push(Record::Part(entry));
+        self.persist_part(records, &part, epoch, permit);
+    }
+
+    /// Writes a part to the journal. The ack comes from the completion, never before.
+    fn persist_part(
+        &mut self,
+        records: Vec<Record>,
+        part: &PartHeader,
+        epoch: Epoch,
+        permit: Permit,
+    ) {
         let events = self.journal_events.clone();
+        let database = part.database;
         let (position, complete) = (part.position(), part.is_last());
         self.replica_journal.append(
             records,
@@ -379,7 +391,14 @@ impl Node {
                         }),
                     );
                 }
-                ReplicaEffect::Send { node, message } => {
+                ReplicaEffect::Send { node, mut message } => {
+                    if let ReplicaMessage::Promised(promise) = &mut message {
+                        promise.last_transaction = self
+                            .replica_journal
+                            .state(database)
+                            .filter(|state| state.last == promise.last)
+                            .and_then(|state| state.last_transaction);
+                    }
                     // A node that went away asks again when it is back.
                     if let Some(inbound) = self.inbound.get(&node) {
                         inbound.shared.answer(&message);

@@ -35,15 +35,6 @@ impl Node {
         (payload, permit): (Bytes, Permit),
     ) {
         match message {
-            ClientMessage::Hello {
-                client,
-                description,
-            } => {
-                tracing::debug!(%client, description, certificate = %grant.name, "a client");
-                outbox.answer(&SidecarMessage::Welcome {
-                    node: self.name().clone(),
-                });
-            }
             ClientMessage::Open {
                 request,
                 name,
@@ -107,6 +98,22 @@ impl Node {
                 };
                 self.handle_resolve(grant, waiter, database);
             }
+            question => self.handle_question(grant, outbox, question),
+        }
+    }
+
+    /// A client asks something that changes nothing.
+    fn handle_question(&self, grant: &ClientGrant, outbox: &Outbox, message: ClientMessage) {
+        match message {
+            ClientMessage::Hello {
+                client,
+                description,
+            } => {
+                tracing::debug!(%client, description, certificate = %grant.name, "a client");
+                outbox.answer(&SidecarMessage::Welcome {
+                    node: self.name().clone(),
+                });
+            }
             ClientMessage::ReadLog {
                 database,
                 first_lsn,
@@ -135,6 +142,8 @@ impl Node {
                     outbox.answer(&SidecarMessage::FoundBookmark { request, bookmark });
                 }
             }
+            // Everything else has been taken by the caller.
+            _ => {}
         }
     }
 

@@ -138,7 +138,10 @@ impl Node {
             Some(FeedState::Ready) => "streaming".to_owned(),
             Some(FeedState::Bulk { .. } | FeedState::Settling { .. }) => "catching_up".to_owned(),
             Some(FeedState::Refusing { reason, .. }) => format!("refusing: {reason}"),
-            Some(FeedState::Stopped) | None => "connecting".to_owned(),
+            Some(FeedState::Stopped) | None => match peer.and_then(|peer| peer.trouble.as_ref()) {
+                Some(trouble) => format!("refusing: {trouble}"),
+                None => "connecting".to_owned(),
+            },
         };
         let lag_entries = db.machine.last().lsn.get().saturating_sub(flush_lsn.get());
         let behind = lag_entries > 0;

@@ -5,13 +5,13 @@
 
 use super::event::{Event, EventSender};
 use super::node::Node;
-use super::primary::PrimaryDatabase;
+use super::primary::{PrimaryDatabase, now_micros};
 use durovfs_archive::chunk::LogIdentity;
 use durovfs_archive::listing::Listing;
 use durovfs_archive::store::Store;
-use durovfs_archive::{snapshot, uploader};
+use durovfs_archive::{snapshot, upkeep, uploader};
 use durovfs_journal::{Journal, Record};
-use durovfs_wire::{DatabaseId, EntryPart, Lsn};
+use durovfs_wire::{DatabaseId, EntryPart, Lsn, Timestamp};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,6 +22,10 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 const RETRY_PAUSE_FIRST: Duration = Duration::from_secs(1);
 /// Longest pause after failed uploads.
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(60);
+/// History that is kept.
+const RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Chunks are merged when nobody is likely to be reading them as the newest.
+const MERGE_AGE: Duration = Duration::from_secs(3600);
 /// How often it is asked whether a snapshot is due: it takes a listing.
 const SNAPSHOT_INTERVAL: Duration = Duration::from_secs(60);
 /// The part of our own journal's limit up to which archived entries are kept: replicas that lag
@@ -132,7 +136,8 @@ impl Node {
         }
     }
 
-    fn scratch_folder(&self) -> PathBuf {
+    /// Where chunks are built; this node's alone.
+    pub fn scratch_folder(&self) -> PathBuf {
         self.config.data.join("scratch")
     }
 
@@ -216,7 +221,7 @@ impl Node {
         let name = db.name.clone();
         let events = self.events.clone();
         tokio::task::spawn_local(async move {
-            let result = snapshot_if_due(&store, &name, database, bytes, &scratch).await;
+            let result = tend_archive(&store, &name, database, bytes, &scratch).await;
             events.send(Event::SnapshotMade { database, result }).await;
         });
     }
@@ -283,8 +288,6 @@ async fn upload(job: UploadJob) -> Result<Uploaded, String> {
         scratch,
         ..
     } = job;
-    std::fs::create_dir_all(&scratch)
-        .map_err(|error| format!("create {}: {error}", scratch.display()))?;
     let parts = move || {
         let parts = journal.parts(database, range.0, range.1);
         let (parts, failed) = match parts {
@@ -339,7 +342,9 @@ where
     }
 }
 
-async fn snapshot_if_due(
+/// Keeps a log's archive restorable in little time and of bounded size: a snapshot when one is due,
+/// then what is older than the retention goes, then small old chunks become larger ones.
+async fn tend_archive(
     store: &Arc<dyn Store>,
     name: &str,
     database: DatabaseId,
@@ -349,11 +354,29 @@ async fn snapshot_if_due(
     let listing = Listing::load_log(&**store, name, database)
         .await
         .map_err(|error| error.to_string())?;
-    let Some(lsn) = snapshot::due(&listing, database_bytes) else {
-        return Ok(None);
+    let mut made = None;
+    if let Some(lsn) = snapshot::due(&listing, database_bytes) {
+        let uploaded = snapshot::make(store, &listing, lsn, scratch)
+            .await
+            .map_err(|error| error.to_string())?;
+        made = Some(uploaded.range.last_lsn);
+    }
+    let before = |age: Duration| {
+        let age_micros = i64::try_from(age.as_micros()).unwrap_or(i64::MAX);
+        Timestamp::from_micros(now_micros().saturating_sub(age_micros))
     };
-    let made = snapshot::make(store, &listing, lsn, scratch)
-        .await
-        .map_err(|error| error.to_string())?;
-    Ok(Some(made.range.last_lsn))
+    let expired = upkeep::expired(&listing, before(RETENTION));
+    if !expired.is_empty() {
+        store
+            .delete(&expired)
+            .await
+            .map_err(|error| error.to_string())?;
+        return Ok(made); // the listing is not what it was: merging waits for the next round
+    }
+    if let Some(run) = upkeep::mergeable(&listing, before(MERGE_AGE)) {
+        upkeep::merge(store, &listing, &run, scratch)
+            .await
+            .map_err(|error| error.to_string())?;
+    }
+    Ok(made)
 }
