@@ -61,9 +61,9 @@ pub struct Uploaded {
 /// Builds a chunk of the entries whose parts `parts` gives, and uploads it.
 ///
 /// The parts must be those of whole committed entries in order, one or more. After
-/// [`crate::chunk::MAX_ENTRIES`] of them the chunk ends, which its range tells. Building runs on the
-/// blocking pool; `scratch` is a folder for temporary files, as large as the largest transaction.
-///
+/// [`crate::chunk::MAX_ENTRIES`] of them the chunk ends, which its range tells. Building runs on
+/// the blocking pool; `scratch` is a folder for temporary files, as large as the largest
+/// transaction.
 /// # Errors
 /// See [`UploadError`]. After a store's failure the same call may be repeated.
 pub async fn write_chunk<I, E>(

@@ -19,7 +19,8 @@ const WARM_UP_COMMITS: usize = 20;
 /// One caller: commits once per call.
 pub type Caller = Box<dyn FnMut() -> Result<()>>;
 
-/// Runs `count` callers for `duration`. `open` makes the caller with the given index, in its thread.
+/// Runs `count` callers for `duration`. `open` makes the caller with the given index, in its own
+/// thread.
 /// `report` is called while all threads still exist, so that what they used can be looked at.
 ///
 /// # Errors

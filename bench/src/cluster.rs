@@ -135,8 +135,8 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        // After a failed run, too, the nodes must be told: they are children of `durovfs dev`, which
-        // is only killed. When all is stopped there is nobody to hear it.
+        // After a failed run, too, the nodes must be told: they are children of `durovfs dev`,
+        // which is only killed. When all is stopped there is nobody to hear it.
         if matches!(self.dev.has_ended(), Ok(false)) {
             interrupt(self.dev.id());
             let _ = self.dev.wait(STOP_TIMEOUT);

@@ -22,8 +22,8 @@ use std::process::ExitCode;
 
 /// Compares commits through durovfs with plain SQLite and with a bare pipeline.
 ///
-/// All are measured in short interleaved rounds, so that a change of the machine's mood meets all of
-/// them. Prints a table, or JSON. Use scripts/bench, which builds what is measured first.
+/// All are measured in short interleaved rounds, so that a change of the machine's mood meets all
+/// of them. Prints a table, or JSON. Use scripts/bench, which builds what is measured first.
 #[derive(Parser)]
 #[command(
     name = "durovfs-bench",

@@ -103,7 +103,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
                     .measure(system, callers)
                     .with_context(|| format!("round {round}, {system:?} with {callers} callers"))?;
                 eprintln!(
-                    "round {round}/{}: {system:?}, {callers} callers: p50 {:.0} µs, {:.0} commits/s",
+                    "round {round}/{}: {system:?}, {callers} callers: p50 {:.0} µs, {:.0}/s",
                     args.rounds, sample.summary.p50_us, sample.rate
                 );
                 slots

@@ -98,7 +98,8 @@ impl Snapshot {
 }
 
 /// Waits until nothing much runs: not our children of the slot before, nor anybody else.
-/// A machine that is not quiet after `timeout` is measured as it is; the report says how busy it was.
+/// A machine that is not quiet after `timeout` is measured as it is; the report says how busy it
+/// was.
 pub fn wait_for_quiet(cores: usize, timeout: Duration) -> Result<()> {
     let end = Instant::now() + timeout;
     while Instant::now() < end {
@@ -179,7 +180,7 @@ mod tests {
 
     #[test]
     fn times_are_found_behind_any_program_name() {
-        // Broken: a name with a blank or a bracket would shift the fields, and the profile be wrong.
+        // Broken: a name with a blank or a bracket would shift the fields: a wrong profile.
         let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 100 0 0 0 12 30 0 0 20 0 1 0 5 6 7";
         assert_eq!(process_ticks(stat), Some(42.0));
     }

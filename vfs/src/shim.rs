@@ -216,6 +216,9 @@ fn host_of(vfs: *mut sqlite3_vfs) -> &'static Host {
     unsafe { &*(*vfs).pAppData.cast::<Host>() }
 }
 
+/// SQLite 3.51.3, in which the last known bug that can lose a commit was fixed.
+const FIRST_WITHOUT_KNOWN_BUGS: c_int = 3_051_003;
+
 fn kind_of(
     host: &'static Host,
     name: *const c_char,
@@ -276,15 +279,7 @@ fn kind_of(
     let name = given.unwrap_or_else(|| path.to_string_lossy().into_owned());
     match open::open(surroundings, &path, &name, file) {
         Ok(mut connection) => {
-            // SAFETY: a constant of the host's library.
-            if unsafe { host.api.libversion_number() } < 3_051_003 {
-                connection.warnings.push(format!(
-                    "SQLite {} can corrupt a WAL database when two connections checkpoint at once \
-                     (fixed in 3.51.3); up to 3.49.1 a savepoint rollback can make it refuse a \
-                     commit here",
-                    host.api.version()
-                ));
-            }
+            connection.warnings.extend(known_bugs(host));
             Ok(Kind::Database(Arc::new(Mutex::new(connection))))
         }
         Err(refusal) => {
@@ -293,6 +288,19 @@ fn kind_of(
             Err(sqlite::SQLITE_CANTOPEN)
         }
     }
+}
+
+/// What is known to be wrong with the host's SQLite.
+fn known_bugs(host: &Host) -> Option<String> {
+    // SAFETY: a constant of the host's library.
+    let number = unsafe { host.api.libversion_number() };
+    (number < FIRST_WITHOUT_KNOWN_BUGS).then(|| {
+        format!(
+            "SQLite {} can corrupt a WAL database when two connections checkpoint at once \
+             (fixed in 3.51.3); up to 3.49.1 a savepoint rollback can make it refuse a commit here",
+            host.api.version()
+        )
+    })
 }
 
 /// The line of the last open that was refused in this process, for `durovfs_last_error()`: a

@@ -1,5 +1,5 @@
-//! The relay of the bare pipeline: passes each commit to all replicas, and answers when the third of
-//! them has acked.
+//! The relay of the bare pipeline: passes each commit to all replicas, and answers when the third
+//! of them has acked.
 
 use super::frame::{CALLERS_MAX, CommitId, Cutter};
 use super::{ACK_QUORUM, LISTENING, transport};

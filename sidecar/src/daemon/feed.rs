@@ -1,8 +1,8 @@
 //! Feeds: what each replica of a database has been sent, and how the next entries reach it.
 //!
-//! A level replica gets each new entry on the shared stream. One that lags is sent a range from the
-//! journal on a stream of its own; when it acked that, the rest, until it is level. An entry is never
-//! on two streams at once, so entries reach a replica in order.
+//! A level replica gets each new entry on the shared stream. One that lags is sent a range from
+//! the journal on a stream of its own; when it acked that, the rest, until it is level. An entry is
+//! never on two streams at once, so entries reach a replica in order.
 
 use super::bulk::{self, BulkFeed};
 use super::node::Node;

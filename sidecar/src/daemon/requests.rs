@@ -41,13 +41,53 @@ impl Node {
                 known,
                 timeout_ms,
             } => {
+                let (outbox, deadline) = (outbox.clone(), deadline(timeout_ms));
                 let waiter = Waiter {
-                    outbox: outbox.clone(),
+                    outbox,
                     want: Want::Open { request },
-                    deadline: deadline(timeout_ms),
+                    deadline,
                 };
                 self.handle_open(grant, waiter, name, known);
             }
+            ClientMessage::Resolve {
+                request,
+                database,
+                origin,
+                base_lsn,
+                timeout_ms,
+            } => {
+                let want = Want::Resolve {
+                    request,
+                    origin,
+                    base_lsn,
+                };
+                let (outbox, deadline) = (outbox.clone(), deadline(timeout_ms));
+                let waiter = Waiter {
+                    outbox,
+                    want,
+                    deadline,
+                };
+                self.handle_resolve(grant, waiter, database);
+            }
+            ClientMessage::Pages { .. }
+            | ClientMessage::Abort { .. }
+            | ClientMessage::Commit { .. } => {
+                self.handle_write(session, grant, outbox, message, (payload, permit));
+            }
+            question => self.handle_question(grant, outbox, question),
+        }
+    }
+
+    /// A client sends a transaction, or a part of one.
+    fn handle_write(
+        &mut self,
+        session: SessionId,
+        grant: &ClientGrant,
+        outbox: &Outbox,
+        message: ClientMessage,
+        (payload, permit): (Bytes, Permit),
+    ) {
+        match message {
             ClientMessage::Pages {
                 database,
                 sequence,
@@ -80,25 +120,8 @@ impl Node {
                 };
                 self.admit_commit(grant, request);
             }
-            ClientMessage::Resolve {
-                request,
-                database,
-                origin,
-                base_lsn,
-                timeout_ms,
-            } => {
-                let waiter = Waiter {
-                    outbox: outbox.clone(),
-                    want: Want::Resolve {
-                        request,
-                        origin,
-                        base_lsn,
-                    },
-                    deadline: deadline(timeout_ms),
-                };
-                self.handle_resolve(grant, waiter, database);
-            }
-            question => self.handle_question(grant, outbox, question),
+            // Everything else has been taken by the caller.
+            _ => {}
         }
     }
 
