@@ -64,6 +64,7 @@ pub struct Uploaded {
 /// [`crate::chunk::MAX_ENTRIES`] of them the chunk ends, which its range tells. Building runs on
 /// the blocking pool; `scratch` is a folder for temporary files, as large as the largest
 /// transaction.
+///
 /// # Errors
 /// See [`UploadError`]. After a store's failure the same call may be repeated.
 pub async fn write_chunk<I, E>(
