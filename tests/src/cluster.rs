@@ -26,6 +26,8 @@ pub struct ClusterOptions {
     pub chunk_interval: &'static str,
     /// Size of an upload.
     pub chunk_bytes: &'static str,
+    /// URL of the archive; a directory of the cluster's own without it.
+    pub archive: Option<String>,
 }
 
 impl Default for ClusterOptions {
@@ -34,6 +36,7 @@ impl Default for ClusterOptions {
             replicas: 5,
             chunk_interval: "500ms",
             chunk_bytes: "4MiB",
+            archive: None,
         }
     }
 }
@@ -87,6 +90,12 @@ impl Cluster {
             .args(["dev", "--replicas", &self.options.replicas.to_string()])
             .args(["--chunk-interval", self.options.chunk_interval])
             .args(["--chunk-bytes", self.options.chunk_bytes])
+            .args(
+                self.options
+                    .archive
+                    .iter()
+                    .flat_map(|url| ["--archive", url]),
+            )
             .arg("--dir")
             .arg(self.path())
             .stdin(Stdio::null())
