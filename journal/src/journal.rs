@@ -170,9 +170,13 @@ impl Shared {
             }
             return;
         }
+        // The writer looks at the queue before it waits, so only the first item needs to wake it.
+        let was_empty = queue.items.is_empty();
         queue.items.push_back(item);
         drop(queue);
-        self.wake.notify_one();
+        if was_empty {
+            self.wake.notify_one();
+        }
     }
 }
 
@@ -246,9 +250,11 @@ impl Journal {
         let handles = vec![
             spawn("journal-writer", move || writer.run())?,
             spawn("journal-prepare", move || {
-                preparing
-                    .preparer
-                    .run(preparing.disk.as_ref(), preparing.segment_bytes);
+                preparing.preparer.run(
+                    preparing.disk.as_ref(),
+                    preparing.segment_bytes,
+                    preparing.sync,
+                );
             })?,
         ];
         let threads = Arc::new(Threads {
@@ -425,7 +431,8 @@ fn start_writer(shared: &Arc<Shared>, found: Recovered) -> Result<Writer, Journa
             synced_through,
             segment_bytes: shared.segment_bytes,
         };
-        let file = write_spare(disk, shared.segment_bytes, || true)?.ok_or(JournalError::Closed)?;
+        let file = write_spare(disk, shared.segment_bytes, shared.sync, || true)?
+            .ok_or(JournalError::Closed)?;
         segments.insert(next_sequence, Arc::new(begin_segment(disk, file, header)?));
         offset = crate::format::SEGMENT_HEADER_BYTES;
     }

@@ -52,18 +52,33 @@ pub(crate) fn begin_segment(
     Ok(Segment { name, header, file })
 }
 
-/// Writes a spare file full of zeros. `rest` is called between the steps and says whether to go on.
+/// Makes a spare file that reads as zeros: `prefill` writes them all, which halves what a later
+/// sync costs; without it the file is sparse, which is as good where nothing is synced. `rest` is
+/// called between the steps and says whether to go on.
 pub(crate) fn write_spare(
     disk: &dyn Disk,
     segment_bytes: u64,
+    prefill: bool,
     mut rest: impl FnMut() -> bool,
 ) -> Result<Option<Arc<dyn DiskFile>>, JournalError> {
-    let result = fill_spare(disk, segment_bytes, &mut rest);
+    let result = if prefill {
+        fill_spare(disk, segment_bytes, &mut rest)
+    } else {
+        sparse_spare(disk, segment_bytes)
+    };
     if !matches!(result, Ok(Some(_))) {
         // Gives the space back. If even that fails, the next attempt empties the file.
         let _ = disk.remove(SPARE_NAME);
     }
     result.map_err(|e| JournalError::io(format!("prepare {SPARE_NAME}"), &e))
+}
+
+fn sparse_spare(disk: &dyn Disk, segment_bytes: u64) -> std::io::Result<Option<Arc<dyn DiskFile>>> {
+    let file = disk.create(SPARE_NAME)?;
+    let end = [0u8; 8];
+    file.write_at(&end, segment_bytes - end.len() as u64)?;
+    file.sync_data()?;
+    Ok(Some(file))
 }
 
 fn fill_spare(
@@ -156,9 +171,9 @@ impl Preparer {
     }
 
     /// The thread's loop.
-    pub(crate) fn run(&self, disk: &dyn Disk, segment_bytes: u64) {
+    pub(crate) fn run(&self, disk: &dyn Disk, segment_bytes: u64, prefill: bool) {
         while self.wait_until_wanted() {
-            let result = write_spare(disk, segment_bytes, || self.rest());
+            let result = write_spare(disk, segment_bytes, prefill, || self.rest());
             let mut state = lock(&self.state);
             match result {
                 Ok(Some(file)) => {

@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 
 /// Membership generation of databases whose five were never changed.
 const FIRST_GENERATION: u32 = 1;
+/// Our own journal must have this share of its limit free to take another commit, in percent.
+const JOURNAL_FREE_PERCENT: u64 = 5;
 /// How long a stopping node waits for commits in flight and for its last uploads.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
@@ -57,6 +59,8 @@ pub struct Node {
     pub commits_untold: BTreeSet<DatabaseId>,
     /// Databases with committed entries that are not in the archive.
     pub uploads_due: BTreeSet<DatabaseId>,
+    /// Whether our own journal takes no further commit.
+    pub journal_crowded: bool,
     membership: Membership,
     stopping_since: Option<Instant>,
 }
@@ -93,6 +97,7 @@ impl Node {
             next_request: 0,
             commits_untold: BTreeSet::new(),
             uploads_due: BTreeSet::new(),
+            journal_crowded: false,
             membership,
             stopping_since: None,
         })
@@ -333,6 +338,9 @@ impl Node {
     /// Time has passed.
     pub fn handle_tick(&mut self) {
         let now = Instant::now();
+        // Once a tick, not once a commit: it looks at every database.
+        let usage = self.primary_journal.usage();
+        self.journal_crowded = usage.bytes > usage.limit_bytes / 100 * (100 - JOURNAL_FREE_PERCENT);
         for peer in self.peers.values_mut() {
             peer.tick(now);
         }

@@ -24,9 +24,6 @@ const BURY_SHARE: u32 = 5;
 const BURY_TIME_MAX: Duration = Duration::from_millis(1500);
 /// The answer leaves this long before the client's own clock runs out.
 const ANSWER_MARGIN: Duration = Duration::from_millis(200);
-/// Our own journal must have this share of its limit free to take another commit, in percent.
-const JOURNAL_FREE_PERCENT: u64 = 5;
-
 /// Clients whose last settled commit is remembered per database. Needed only for messages that a
 /// broken connection still delivers, a moment later.
 const SETTLED_CLIENTS_MAX: usize = 1024;
@@ -353,8 +350,7 @@ impl Node {
                 db.feeds.len()
             ));
         }
-        let usage = self.primary_journal.usage();
-        if usage.bytes > usage.limit_bytes / 100 * (100 - JOURNAL_FREE_PERCENT) {
+        if self.journal_crowded {
             return refuse("the primary's journal is full: is the archive reachable?".to_owned());
         }
         let Some(lsn) = db.machine.next_lsn() else {
@@ -462,12 +458,13 @@ impl Node {
             Frame::encode(&message, entry.payload.clone())
         });
         db.machine.handle_appended(position);
-        self.write_own(entry, permit);
+        // The replicas first: nothing waits for our own journal.
         match frame {
             Some(Ok(frame)) => self.push_level(database, position, &frame),
             Some(Err(error)) => tracing::error!(%error, "an entry is larger than a frame"),
             None => {}
         }
+        self.write_own(entry, permit);
     }
 
     fn write_own(&mut self, entry: EntryPart, permit: Permit) {
