@@ -92,15 +92,11 @@ impl Node {
                 database,
                 sequence,
                 page_size,
-            } => {
-                if self.may_use(grant, database) {
-                    self.handle_pages(session, (database, sequence), page_size, payload, permit);
-                }
+            } if self.may_use(grant, database) => {
+                self.handle_pages(session, (database, sequence), page_size, payload, permit);
             }
-            ClientMessage::Abort { database, sequence } => {
-                if self.may_use(grant, database) {
-                    self.handle_abort(session, database, sequence);
-                }
+            ClientMessage::Abort { database, sequence } if self.may_use(grant, database) => {
+                self.handle_abort(session, database, sequence);
             }
             ClientMessage::Commit {
                 database,
@@ -120,7 +116,7 @@ impl Node {
                 };
                 self.admit_commit(grant, request);
             }
-            // Everything else has been taken by the caller.
+            // Pages and aborts of databases that the certificate does not allow; their commit is told.
             _ => {}
         }
     }
