@@ -11,14 +11,9 @@ const PYTHON: &str = "/usr/bin/python3";
 const SHELL: &str = "/usr/bin/sqlite3";
 
 fn library() -> PathBuf {
-    // Beside the directory of the test's own executable.
+    // Beside the test's own executable: that is the one which this run has built.
     let executable = std::env::current_exe().unwrap();
-    let library = executable
-        .parent()
-        .unwrap()
-        .parent()
-        .unwrap()
-        .join("libdurovfs.so");
+    let library = executable.parent().unwrap().join("libdurovfs.so");
     assert!(library.exists(), "{} was not built", library.display());
     library
 }

@@ -211,10 +211,14 @@ impl Applier<'_> {
             changes.insert(page_no, PageChecksum::of(page_no, image));
             Ok(())
         })?;
-        let checksum = self
-            .table
-            .checksum_after(before, old_count, commit.page_count, &changes)?;
-        // While a cut-short run is mended the table may hold some of these pages already.
+        let mut checksum =
+            self.table
+                .checksum_after(before, old_count, commit.page_count, &changes)?;
+        if checksum != commit.checksum && !fresh {
+            // Whoever was killed may have noted some of these pages, or all, and not the mark.
+            checksum = self.table.checksum_with(commit.page_count, &changes)?;
+        }
+        // While a cut-short run is mended the table may hold pages of later transactions already.
         if checksum != commit.checksum && !self.state.applying {
             return Err(Refusal::cannot_open(format!(
                 "checksum after {} is {checksum} here and {} in the log: they differ; \
