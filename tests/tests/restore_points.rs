@@ -1,7 +1,7 @@
 //! Restores at many commits of a workload with everything that WAL mode allows, and compares each
 //! with what a recorder saw at that commit.
 
-use durovfs_tests::app::{App, IOERR_WRITE, SqlError};
+use durovfs_tests::app::{App, NOT_COMMITTED, SqlError};
 use durovfs_tests::cluster::{Cluster, ClusterOptions, text};
 use durovfs_tests::image::{assert_same, copy_database, image_of};
 use durovfs_tests::seed::Seeded;
@@ -98,7 +98,7 @@ fn spill(app: &mut App, seeded: &mut Seeded, n: u64) {
 /// SQLite up to 3.49.1 leaves a transaction unrecoverable when a savepoint takes back frames that
 /// were overwritten after a spill, and says OK. Such a commit, and no other, is refused here.
 fn assert_is_the_savepoint_bug(app: &mut App, error: &SqlError) {
-    assert_eq!(error.code, IOERR_WRITE, "{error:?}");
+    assert_eq!(error.code, NOT_COMMITTED, "{error:?}");
     let said = app.value("SELECT durovfs_last_error()");
     let said = said.as_str().unwrap_or_default();
     assert!(
