@@ -92,8 +92,8 @@ impl PageTable {
         Ok(sum)
     }
 
-    /// The same from the table alone, whatever part of `changes` it has taken over already: a process
-    /// that was killed between the table and the mark leaves the table ahead of the mark.
+    /// The same from the table alone, whatever part of `changes` it has taken over already: a
+    /// process that was killed between the table and the mark leaves the table ahead of the mark.
     ///
     /// # Errors
     /// When the table cannot be read.

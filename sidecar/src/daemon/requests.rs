@@ -116,7 +116,7 @@ impl Node {
                 };
                 self.admit_commit(grant, request);
             }
-            // Pages and aborts of databases that the certificate does not allow; their commit is told.
+            // Pages and aborts of what the certificate does not allow; their commit is told.
             _ => {}
         }
     }
