@@ -3,17 +3,43 @@
 
 use crate::Call;
 use crate::status;
-use durovfs_vfs::FileStatus;
+use durovfs_vfs::error::Refusal;
+use durovfs_vfs::{FileStatus, deferred};
 use durovfs_wire::Bookmark;
-use std::ffi::{CStr, CString};
+use libsqlite3_sys as sqlite;
+use std::ffi::{CStr, CString, c_int};
 use std::path::Path;
 use std::time::Duration;
 
 /// The schema that functions without a schema argument are about.
 pub(crate) const MAIN: &CStr = c"main";
 
-/// An answer: text or NULL, or one line of error.
-pub(crate) type Answer = Result<Option<String>, String>;
+/// An answer: text or NULL, or an error.
+pub(crate) type Answer = Result<Option<String>, Failure>;
+
+/// One line of error, and SQLite's code for it.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    /// What failed, on what, and what to do.
+    pub(crate) message: String,
+    /// The result code.
+    pub(crate) code: c_int,
+}
+
+impl From<String> for Failure {
+    fn from(message: String) -> Self {
+        let code = sqlite::SQLITE_ERROR;
+        Self { message, code }
+    }
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        let code = refusal.code();
+        let message = refusal.message;
+        Self { message, code }
+    }
+}
 
 /// `durovfs_status([schema])`.
 pub(crate) fn status(call: &Call<'_>) -> Answer {
@@ -30,7 +56,7 @@ pub(crate) fn status(call: &Call<'_>) -> Answer {
     };
     serde_json::to_string(&report)
         .map(Some)
-        .map_err(|error| error.to_string())
+        .map_err(|error| error.to_string().into())
 }
 
 /// `durovfs_bookmark([when])`.
@@ -46,11 +72,6 @@ pub(crate) fn bookmark(call: &Call<'_>) -> Answer {
 /// `durovfs_wait([bookmark [, timeout_ms]])`.
 pub(crate) fn wait(call: &Call<'_>) -> Answer {
     let file = protected_file(call)?;
-    let Some(bookmark) = call.text(0) else {
-        // In the mode `quorum` each COMMIT has waited already.
-        return Ok(status::newest_bookmark(&file).map(|bookmark| bookmark.to_string()));
-    };
-    let bookmark: Bookmark = bookmark.parse().map_err(|error| format!("{error}"))?;
     let milliseconds = match call.integer(1) {
         Some(number) => {
             u64::try_from(number).map_err(|_| format!("timeout {number} is below zero"))?
@@ -59,6 +80,16 @@ pub(crate) fn wait(call: &Call<'_>) -> Answer {
     };
     let timeout = (milliseconds != 0).then(|| Duration::from_millis(milliseconds));
     let client = &call.host().client;
+    let Some(bookmark) = call.text(0) else {
+        let path = call.path(MAIN).unwrap_or_default();
+        deferred::wait_confirmed(client.as_ref(), Path::new(&path), timeout)?;
+        let file = protected_file(call)?;
+        return Ok(status::newest_bookmark(&file).map(|bookmark| bookmark.to_string()));
+    };
+    let bookmark: Bookmark = bookmark.parse().map_err(|error| format!("{error}"))?;
+    if let Some(refusal) = deferred::lost(client.as_ref(), file.database) {
+        return Err(refusal.into());
+    }
     let reached = status::wait_for(client, bookmark, timeout, || protected_file(call))?;
     Ok(Some(reached.to_string()))
 }

@@ -308,7 +308,8 @@ unsafe fn answer(
             arguments,
         })
     }));
-    let answered = answered.unwrap_or_else(|_| Err("a bug: a panic in a function".to_owned()));
+    let bug = || "a bug: a panic in a function".to_owned();
+    let answered = answered.unwrap_or_else(|_| Err(bug().into()));
     match answered {
         // SAFETY: the context is this call's; SQLite copies the text.
         Ok(Some(text)) => unsafe {
@@ -317,9 +318,12 @@ unsafe fn answer(
         // SAFETY: as above.
         Ok(None) => unsafe { api.result_null(context) },
         Err(error) => {
-            let error = format!("durovfs: {error}");
-            // SAFETY: as above.
-            unsafe { api.result_error(context, error.as_ptr().cast(), length_of(&error)) }
+            let text = format!("durovfs: {}", error.message);
+            // SAFETY: as above. The code goes last: the other call sets one too.
+            unsafe {
+                api.result_error(context, text.as_ptr().cast(), length_of(&text));
+                api.result_error_code(context, error.code);
+            }
         }
     }
 }

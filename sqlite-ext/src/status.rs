@@ -74,6 +74,9 @@ fn report(
         warnings
             .push("the outcome of a commit is unknown; the next write settles it first".to_owned());
     }
+    if file.unconfirmed {
+        warnings.push("deferred commits may not be confirmed yet: durovfs_wait()".to_owned());
+    }
     let remote = match answer {
         Ok(remote) => {
             if remote.is_none() {
@@ -96,7 +99,7 @@ fn report(
         reason: None,
         database: Some(file.name.clone()),
         log: Some(file.database.to_string()),
-        durability: Some("quorum"),
+        durability: Some(file.durability.name()),
         role: remote.map(|remote| remote.role),
         epoch: Some(remote.map_or(file.epoch, |remote| remote.epoch)),
         lsn: Some(file.position.lsn),
@@ -249,6 +252,8 @@ mod tests {
             position: LogPosition::new(Epoch::new(3), Lsn::new(9)),
             epoch: Epoch::new(4),
             timeout_ms: 10_000,
+            durability: durovfs_vfs::Durability::Quorum,
+            unconfirmed: false,
             in_flight: false,
             last_error: String::new(),
             warnings: Vec::new(),

@@ -127,6 +127,7 @@ impl Client {
             database,
             commit,
             streamed_parts: 0,
+            after: None,
             timeout_ms,
         };
         self.send(&message, payload.take()).await;

@@ -6,12 +6,39 @@ use crate::connection::{Connection, LogLevel};
 use crate::error::{Refusal, RefusalKind};
 use crate::file::BaseFile;
 use crate::mark::{InFlight, KnownTransaction, MarkState, WalPosition};
+use crate::page_table::PageChanges;
 use crate::survey::{Content, DatabaseHeader};
 use crate::wal_tap::Completion;
 use bytes::Bytes;
 use durovfs_wire::client::CommitOutcome;
 use durovfs_wire::{CommitHeader, LogPosition, Origin, PageSize, Timestamp};
 use std::sync::Arc;
+
+/// A WAL transaction whose completing write is held, ready to be sent.
+pub(crate) struct Prepared {
+    /// The mark's state before it.
+    pub(crate) base: MarkState,
+    pub(crate) commit: CommitHeader,
+    /// Its last slots.
+    pub(crate) payload: Bytes,
+    pub(crate) changes: PageChanges,
+    /// Whether earlier slots were streamed.
+    pub(crate) streamed: bool,
+    /// Where the WAL ends after it.
+    pub(crate) completion_end: WalPosition,
+}
+
+impl Prepared {
+    /// The transaction, once its position is known.
+    pub(crate) fn known_at(&self, position: LogPosition) -> KnownTransaction {
+        KnownTransaction {
+            position,
+            checksum: self.commit.checksum,
+            page_size: self.commit.page_size,
+            page_count: self.commit.page_count,
+        }
+    }
+}
 
 impl Connection {
     /// A WAL transaction begins: settles what is open, and checks that nobody wrote in between.
@@ -77,9 +104,12 @@ impl Connection {
     /// Streams slots of the open transaction.
     pub(crate) fn stream(&mut self, payload: Bytes) -> Result<(), Refusal> {
         let page_size = self.tap.page_size();
-        let (Some(page_size), Some(base)) = (page_size, self.base) else {
+        let (Some(page_size), Some(mut base)) = (page_size, self.base) else {
             return Err(crate::mark::misuse("pages outside a transaction"));
         };
+        // A large transaction waits for the quorum, and so for all before it.
+        self.confirm_all(&mut base)?;
+        self.base = Some(base);
         self.stream_pages(&base, page_size, payload)
     }
 
@@ -112,13 +142,44 @@ impl Connection {
 
     /// Commits the transaction whose completing write is held, and writes that.
     pub(crate) fn commit_wal_transaction(&mut self, wal: &dyn BaseFile) -> Result<(), Refusal> {
+        let mut prepared = self.prepare()?;
+        if self.may_defer(&prepared)? {
+            return self.commit_deferred(wal, prepared);
+        }
+        self.confirm_all(&mut prepared.base)?;
+        prepared.commit.base_lsn = Self::base_lsn(&prepared.base);
+        let Prepared { base, commit, .. } = prepared;
+        let position = self.submit(&base, commit, prepared.payload.clone())?;
+        let state = MarkState {
+            last: Some(prepared.known_at(position)),
+            wal: Some(prepared.completion_end),
+            in_flight: None,
+            ..base
+        };
+        match self.release_held(wal) {
+            Ok(()) => self.note_taken_over(&prepared, &state),
+            Err(refusal) => {
+                // The quorum has the transaction and this file does not: nothing may build on it.
+                let message =
+                    format!("{position} is committed, the local file could not take it: {refusal}");
+                self.poison(&message);
+                return Err(Refusal::new(RefusalKind::Unknown, message));
+            }
+        }
+        Ok(())
+    }
+
+    fn prepare(&mut self) -> Result<Prepared, Refusal> {
         let (Some(completion), Some(base)) = (self.tap.take_completion(), self.base) else {
             return Err(crate::mark::misuse("commit outside a transaction"));
         };
         let Completion {
             page_size,
             page_count,
-            ref changes,
+            slot_count,
+            changes,
+            payload,
+            end,
             ..
         } = completion;
         if base.last.is_some_and(|last| last.page_size != page_size) {
@@ -127,63 +188,51 @@ impl Connection {
         let old_count = base.page_count();
         let checksum =
             self.table
-                .checksum_after(base.checksum(), old_count, page_count, changes)?;
-        let origin = self.take_origin();
+                .checksum_after(base.checksum(), old_count, page_count, &changes)?;
+        let streamed = self.origin.is_some();
         let commit = CommitHeader {
-            origin,
+            origin: self.take_origin(),
             time: Timestamp::default(),
             base_lsn: Self::base_lsn(&base),
             page_size,
             page_count,
-            slot_count: completion.slot_count,
+            slot_count,
             checksum,
             whole_image: false,
         };
-        let position = self.submit(&base, commit, completion.payload.clone())?;
-        let state = MarkState {
-            last: Some(KnownTransaction {
-                position,
-                checksum,
-                page_size,
-                page_count,
-            }),
-            wal: Some(completion.end),
-            in_flight: None,
-            ..base
-        };
-        self.take_over(wal, old_count, &completion, &state)
-            .map_err(|refusal| {
-                // The quorum has the transaction and this file does not: nothing may build on it.
-                let message =
-                    format!("{position} is committed, the local file could not take it: {refusal}");
-                self.poison(&message);
-                Refusal::new(RefusalKind::Unknown, message)
-            })
+        Ok(Prepared {
+            base,
+            commit,
+            payload,
+            changes,
+            streamed,
+            completion_end: end,
+        })
     }
 
-    fn take_over(
-        &mut self,
-        wal: &dyn BaseFile,
-        old_count: u32,
-        completion: &Completion,
-        state: &MarkState,
-    ) -> Result<(), Refusal> {
+    /// Lets the held write go to the file.
+    pub(crate) fn release_held(&mut self, wal: &dyn BaseFile) -> Result<(), Refusal> {
         if let Some((offset, bytes)) = self.tap.held() {
             wal.write_at(bytes, offset)?;
         }
         self.tap.acknowledge();
         self.base = None;
         self.skips_wal_sync = true;
-        // From here on SQLite must hear success: it recovers this commit from the WAL in any case.
+        Ok(())
+    }
+
+    /// The file has the transaction. From here on SQLite must hear success: it recovers this commit
+    /// from the WAL in any case.
+    pub(crate) fn note_taken_over(&mut self, prepared: &Prepared, state: &MarkState) {
+        let (old_count, page_count) = (prepared.base.page_count(), prepared.commit.page_count);
         let noted = self
             .table
-            .apply(old_count, completion.page_count, &completion.changes)
+            .apply(old_count, page_count, &prepared.changes)
             .and_then(|()| self.mark.write(state));
         if let Err(refusal) = noted {
             self.poison(&refusal.message);
             self.noted(refusal);
         }
-        Ok(())
     }
 
     /// Sends a commit and waits for what becomes of it. On success it is still in flight in the

@@ -4,6 +4,7 @@
 //! What follows when a gate says no, and how the local file is brought level while it is open, is
 //! in `commit_gate.rs`, `rollback_gate.rs` and `roll_forward.rs`.
 
+use crate::deferred::Durability;
 use crate::error::{Refusal, RefusalKind};
 use crate::file::BaseFile;
 use crate::mark::{Mark, MarkState};
@@ -48,6 +49,10 @@ pub struct FileStatus {
     pub epoch: Epoch,
     /// Milliseconds that a COMMIT waits; zero is for ever.
     pub timeout_ms: u64,
+    /// When COMMIT returns.
+    pub durability: Durability,
+    /// Whether the file has deferred commits that may not be confirmed.
+    pub unconfirmed: bool,
     /// Whether a commit's outcome is open.
     pub in_flight: bool,
     /// The last refusal's line; empty when there was none.
@@ -79,6 +84,8 @@ pub(crate) struct Acknowledged {
 pub struct Connection {
     pub(crate) surroundings: Surroundings,
     pub(crate) path: PathBuf,
+    pub(crate) database_id: DatabaseId,
+    pub(crate) durability: Durability,
     pub(crate) mark: Mark,
     pub(crate) table: PageTable,
     pub(crate) database: Box<dyn BaseFile + Send>,
@@ -95,6 +102,8 @@ pub struct Connection {
     /// Ranges written in rollback mode: length by offset.
     pub(crate) dirty: BTreeMap<u64, u64>,
     pub(crate) in_checkpoint: bool,
+    /// Why the running checkpoint must not write.
+    pub(crate) checkpoint_refusal: Option<Refusal>,
     pub(crate) database_touched: bool,
     pub(crate) acknowledged: Option<Acknowledged>,
     /// Why the open rollback-mode transaction cannot be committed, found when it began.
@@ -117,11 +126,14 @@ impl Connection {
         path: PathBuf,
         mark: Mark,
         database: Box<dyn BaseFile + Send>,
-        epoch: Epoch,
+        log: (DatabaseId, Epoch),
     ) -> Self {
+        let (database_id, epoch) = log;
         Self {
             surroundings,
             path,
+            database_id,
+            durability: Durability::default(),
             table: mark.page_table(),
             mark,
             database,
@@ -134,6 +146,7 @@ impl Connection {
             skips_wal_sync: false,
             dirty: BTreeMap::new(),
             in_checkpoint: false,
+            checkpoint_refusal: None,
             database_touched: false,
             acknowledged: None,
             rollback_refusal: None,
@@ -149,15 +162,15 @@ impl Connection {
     /// The state, for `durovfs_status()`.
     pub fn status(&mut self) -> FileStatus {
         let state = self.mark.read().ok();
-        let zero = DatabaseId::from_bytes([0; 16]);
+        let position = state.map(|state| self.confirmed_position(&state));
         FileStatus {
-            database: state.map_or(zero, |state| state.database),
+            database: self.database_id,
             name: self.mark.name().to_owned(),
-            position: state
-                .and_then(|s| s.last)
-                .map_or(LogPosition::ZERO, |last| last.position),
+            position: position.unwrap_or(LogPosition::ZERO),
             epoch: self.epoch,
             timeout_ms: self.timeout_ms,
+            durability: self.durability,
+            unconfirmed: state.is_some_and(|state| state.unconfirmed.is_some()),
             in_flight: state.is_some_and(|state| state.in_flight.is_some()),
             last_error: self.last_error.clone(),
             warnings: self
@@ -349,13 +362,13 @@ impl Connection {
         self.base = None;
     }
 
-    /// Settles a commit that is in flight, left by this process or by one that died.
+    /// Settles deferred commits, and a commit that is in flight, left by this process or by one that died.
     ///
     /// # Errors
     /// When the local file lacks it, or nobody can tell.
     pub(crate) fn settle(&mut self, state: &mut MarkState) -> Result<(), Refusal> {
         let Some(in_flight) = state.in_flight else {
-            return Ok(());
+            return self.settle_deferred(state);
         };
         let sink = Arc::clone(&self.surroundings.sink);
         let (origin, base_lsn) = (in_flight.origin, in_flight.base_lsn);

@@ -8,6 +8,7 @@
 
 mod commit_gate;
 pub mod connection;
+pub mod deferred;
 pub mod error;
 #[allow(
     unsafe_code,
@@ -31,6 +32,7 @@ pub mod survey;
 pub mod wal_tap;
 
 pub use connection::{FileStatus, LogFn, LogLevel};
+pub use deferred::Durability;
 pub use ffi::{Api, ApiRoutines};
 pub use shim::{Options, RegisterError, register};
 pub use sink::Sink;

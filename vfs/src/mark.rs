@@ -8,6 +8,7 @@
 //! |---|---|---|
 //! | 0, 512 | 512 each | two slots, written in turn; the valid one of higher sequence counts |
 //! | 1024 | 40 | stamp of the database file: magic, size, inode, change time (s, ns), CRC-32 |
+//! | 1088 | 88 | confirmation: magic, CRC-32 of the rest, client, sequence, flags, last, wal |
 //! | 2048 | up to 6144 | name: length (u16), CRC-32 of the text, text |
 //! | 8192 | 8 per page | page table (`page_table.rs`) |
 //!
@@ -20,10 +21,14 @@
 //! | 12 | 4 | CRC-32 of bytes 16..256 |
 //! | 16 | 8 | sequence |
 //! | 24 | 16 | log id |
-//! | 40 | 4 | flags: 1 last, 2 wal, 4 in flight, 8 applying |
+//! | 40 | 4 | flags: 1 last, 2 wal, 4 in flight, 8 applying, 16 unconfirmed, 32 its wal |
 //! | 44 | 4 + 8 + 8 + 4 + 4 | last: epoch, lsn, checksum, page size, page count |
 //! | 72 | 6 × 4 | wal: salt 1, salt 2, checkpoint sequence, frame, checksum 1, 2 |
 //! | 96 | 16 + 8 + 8 + 8 | in flight: client, sequence, base lsn, checksum |
+//! | 136 | 16 + 8 + 28 + 24 | unconfirmed: client, sequence; what is confirmed: last, wal |
+//!
+//! The confirmation is written by the holder of the checkpoint lock, who may not write a slot: all
+//! deferred commits up to this one are on a quorum's disks.
 
 use crate::error::{Refusal, RefusalKind};
 use crate::file::BaseFile;
@@ -33,7 +38,7 @@ use durovfs_wire::{
     ClientId, DatabaseChecksum, DatabaseId, Epoch, LogPosition, Lsn, Origin, PageSize,
 };
 use libsqlite3_sys as sqlite;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -45,6 +50,9 @@ const SLOT_USED_BYTES: usize = 256;
 const STAMP_OFFSET: u64 = 1024;
 const STAMP_BYTES: usize = 40;
 const STAMP_MAGIC: u32 = 0x5354_4d50;
+const CONFIRMATION_OFFSET: u64 = 1088;
+const CONFIRMATION_BYTES: usize = 88;
+const CONFIRMATION_MAGIC: u32 = 0x4346_524d;
 const NAME_OFFSET: u64 = 2048;
 /// Longest name of a database: a path of the longest length Linux allows.
 pub const MAX_NAME_BYTES: usize = 4096;
@@ -55,6 +63,11 @@ const FLAG_LAST: u32 = 1;
 const FLAG_WAL: u32 = 2;
 const FLAG_IN_FLIGHT: u32 = 4;
 const FLAG_APPLYING: u32 = 8;
+const FLAG_UNCONFIRMED: u32 = 16;
+const FLAG_CONFIRMED_WAL: u32 = 32;
+const UNCONFIRMED_OFFSET: usize = 136;
+const KNOWN_BYTES: usize = 28;
+const ORIGIN_BYTES: usize = 24;
 
 /// The last transaction that the local file is known to hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,6 +95,24 @@ pub struct WalPosition {
     pub checksum: WalChecksum,
 }
 
+/// What a local file holds, and where its WAL ends then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tip {
+    /// The last transaction.
+    pub last: KnownTransaction,
+    /// The WAL's end after it; none when there is no WAL, or all of it is in the database file.
+    pub wal: Option<WalPosition>,
+}
+
+/// Deferred commits that the local file has, and that may not be on a quorum's disks yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unconfirmed {
+    /// The newest of them.
+    pub newest: Origin,
+    /// What the file goes back to when they are lost.
+    pub confirmed: Tip,
+}
+
 /// A commit that was sent, or is about to be, and whose outcome is not known to be certain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InFlight {
@@ -98,7 +129,8 @@ pub struct InFlight {
 pub struct MarkState {
     /// The log.
     pub database: DatabaseId,
-    /// What the file holds; none before the first transaction.
+    /// What the file holds; none before the first transaction. With unconfirmed commits its
+    /// position is that of the newest confirmed one.
     pub last: Option<KnownTransaction>,
     /// Where its WAL ends; none when there is no WAL, or all of it is in the database file.
     pub wal: Option<WalPosition>,
@@ -107,6 +139,8 @@ pub struct MarkState {
     /// Entries after `last` are being written into the database file itself; until this is cleared
     /// its content is no transaction's, and writing them again mends it.
     pub applying: bool,
+    /// Deferred commits after the confirmed ones.
+    pub unconfirmed: Option<Unconfirmed>,
 }
 
 impl MarkState {
@@ -118,6 +152,7 @@ impl MarkState {
             wal: None,
             in_flight: None,
             applying: false,
+            unconfirmed: None,
         }
     }
 
@@ -274,6 +309,60 @@ impl Mark {
         Ok(())
     }
 
+    /// Notes that the deferred commits up to this one are on a quorum's disks, and what the file
+    /// holds after it. Durable when it returns: the checkpoint that follows cannot be undone.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn confirm(&self, newest: Origin, tip: &Tip) -> Result<(), Refusal> {
+        let mut bytes = vec![0u8; 8];
+        bytes[..4].copy_from_slice(&CONFIRMATION_MAGIC.to_le_bytes());
+        encode_origin(&mut bytes, newest);
+        bytes.extend_from_slice(&u32::from(tip.wal.is_some()).to_le_bytes());
+        encode_known(&mut bytes, &tip.last);
+        if let Some(wal) = &tip.wal {
+            encode_wal(&mut bytes, wal);
+        }
+        bytes.resize(CONFIRMATION_BYTES, 0);
+        let crc = crc32fast::hash(&bytes[8..]);
+        bytes[4..8].copy_from_slice(&crc.to_le_bytes());
+        self.file.write_at(&bytes, CONFIRMATION_OFFSET)?;
+        self.file.sync()
+    }
+
+    /// What was confirmed last; none when nothing was, or the confirmation was never finished.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn confirmation(&self) -> Result<Option<(Origin, Tip)>, Refusal> {
+        let mut bytes = [0u8; CONFIRMATION_BYTES];
+        self.file.read_at(&mut bytes, CONFIRMATION_OFFSET)?;
+        let is_whole = word(&bytes, 0) == CONFIRMATION_MAGIC
+            && word(&bytes, 4) == crc32fast::hash(&bytes[8..]);
+        let at = 8 + ORIGIN_BYTES + 4;
+        let last = decode_known(&bytes, at).filter(|_| is_whole);
+        Ok(last.map(|last| {
+            let has_wal = word(&bytes, 8 + ORIGIN_BYTES) != 0;
+            let wal = has_wal.then(|| decode_wal(&bytes, at + KNOWN_BYTES));
+            (decode_origin(&bytes, 8), Tip { last, wal })
+        }))
+    }
+
+    /// Holds other processes off making deferred commits, while the file lives. None when another
+    /// process does so.
+    ///
+    /// # Errors
+    /// When the mark cannot be opened or locked.
+    pub fn try_own(&self) -> Result<Option<File>, Refusal> {
+        let options = OpenOptions::new().read(true).write(true).open(&self.path);
+        let file = options.map_err(|error| Refusal::io("open mark", &self.path, &error))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(file)),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(Refusal::io("lock mark", &self.path, &error)),
+        }
+    }
+
     /// Notes how the database file looks now, after a write of ours. A file that looks otherwise at
     /// the next open was written by somebody else, or a crash came between; then it is scanned.
     ///
@@ -359,35 +448,33 @@ fn encode(sequence: u64, state: &MarkState) -> [u8; SLOT_BYTES] {
     let flags = flag(state.last.is_some(), FLAG_LAST)
         | flag(state.wal.is_some(), FLAG_WAL)
         | flag(state.in_flight.is_some(), FLAG_IN_FLIGHT)
-        | flag(state.applying, FLAG_APPLYING);
+        | flag(state.applying, FLAG_APPLYING)
+        | flag(state.unconfirmed.is_some(), FLAG_UNCONFIRMED)
+        | flag(
+            state.unconfirmed.is_some_and(|u| u.confirmed.wal.is_some()),
+            FLAG_CONFIRMED_WAL,
+        );
     out.extend_from_slice(&flags.to_le_bytes());
-    if let Some(last) = state.last {
-        out.extend_from_slice(&last.position.epoch.get().to_le_bytes());
-        out.extend_from_slice(&last.position.lsn.get().to_le_bytes());
-        out.extend_from_slice(&last.checksum.as_u64().to_le_bytes());
-        out.extend_from_slice(&u32::from(last.page_size).to_le_bytes());
-        out.extend_from_slice(&last.page_count.to_le_bytes());
+    if let Some(last) = &state.last {
+        encode_known(&mut out, last);
     }
     out.resize(72, 0);
-    if let Some(wal) = state.wal {
-        let words = [
-            wal.salts.0,
-            wal.salts.1,
-            wal.checkpoint_sequence,
-            wal.frame,
-            wal.checksum.0,
-            wal.checksum.1,
-        ];
-        words
-            .iter()
-            .for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
+    if let Some(wal) = &state.wal {
+        encode_wal(&mut out, wal);
     }
     out.resize(96, 0);
     if let Some(in_flight) = state.in_flight {
-        out.extend_from_slice(in_flight.origin.client.as_bytes());
-        out.extend_from_slice(&in_flight.origin.sequence.to_le_bytes());
+        encode_origin(&mut out, in_flight.origin);
         out.extend_from_slice(&in_flight.base_lsn.get().to_le_bytes());
         out.extend_from_slice(&in_flight.checksum.as_u64().to_le_bytes());
+    }
+    out.resize(UNCONFIRMED_OFFSET, 0);
+    if let Some(unconfirmed) = &state.unconfirmed {
+        encode_origin(&mut out, unconfirmed.newest);
+        encode_known(&mut out, &unconfirmed.confirmed.last);
+        if let Some(wal) = &unconfirmed.confirmed.wal {
+            encode_wal(&mut out, wal);
+        }
     }
     out.resize(SLOT_BYTES, 0);
     let mut slot = [0u8; SLOT_BYTES];
@@ -395,6 +482,33 @@ fn encode(sequence: u64, state: &MarkState) -> [u8; SLOT_BYTES] {
     let crc = crc32fast::hash(&slot[16..SLOT_USED_BYTES]);
     slot[12..16].copy_from_slice(&crc.to_le_bytes());
     slot
+}
+
+fn encode_origin(out: &mut Vec<u8>, origin: Origin) {
+    out.extend_from_slice(origin.client.as_bytes());
+    out.extend_from_slice(&origin.sequence.to_le_bytes());
+}
+
+fn encode_known(out: &mut Vec<u8>, known: &KnownTransaction) {
+    out.extend_from_slice(&known.position.epoch.get().to_le_bytes());
+    out.extend_from_slice(&known.position.lsn.get().to_le_bytes());
+    out.extend_from_slice(&known.checksum.as_u64().to_le_bytes());
+    out.extend_from_slice(&u32::from(known.page_size).to_le_bytes());
+    out.extend_from_slice(&known.page_count.to_le_bytes());
+}
+
+fn encode_wal(out: &mut Vec<u8>, wal: &WalPosition) {
+    let words = [
+        wal.salts.0,
+        wal.salts.1,
+        wal.checkpoint_sequence,
+        wal.frame,
+        wal.checksum.0,
+        wal.checksum.1,
+    ];
+    words
+        .iter()
+        .for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
 }
 
 fn word(bytes: &[u8], offset: usize) -> u32 {
@@ -407,10 +521,34 @@ fn long(bytes: &[u8], offset: usize) -> u64 {
     u64::from(word(bytes, offset)) | u64::from(word(bytes, offset + 4)) << 32
 }
 
-fn id(bytes: &[u8], offset: usize) -> [u8; 16] {
-    let mut id = [0u8; 16];
-    id.copy_from_slice(&bytes[offset..offset + 16]);
-    id
+fn decode_origin(bytes: &[u8], offset: usize) -> Origin {
+    let mut client = [0u8; 16];
+    client.copy_from_slice(&bytes[offset..offset + 16]);
+    Origin {
+        client: ClientId::from_bytes(client),
+        sequence: long(bytes, offset + 16),
+    }
+}
+
+/// None when the page size is none of SQLite's.
+fn decode_known(bytes: &[u8], offset: usize) -> Option<KnownTransaction> {
+    let epoch = Epoch::new(word(bytes, offset));
+    Some(KnownTransaction {
+        position: LogPosition::new(epoch, Lsn::new(long(bytes, offset + 4))),
+        checksum: DatabaseChecksum::from_u64(long(bytes, offset + 12)),
+        page_size: PageSize::try_from(word(bytes, offset + 20)).ok()?,
+        page_count: word(bytes, offset + 24),
+    })
+}
+
+fn decode_wal(bytes: &[u8], offset: usize) -> WalPosition {
+    let word = |index: usize| word(bytes, offset + 4 * index);
+    WalPosition {
+        salts: WalSalts(word(0), word(1)),
+        checkpoint_sequence: word(2),
+        frame: word(3),
+        checksum: WalChecksum(word(4), word(5)),
+    }
 }
 
 fn decode(slot: &[u8]) -> Option<(u64, MarkState)> {
@@ -421,42 +559,39 @@ fn decode(slot: &[u8]) -> Option<(u64, MarkState)> {
         return None;
     }
     let flags = word(slot, 40);
-    let last = if flags & FLAG_LAST == 0 {
-        None
-    } else {
-        Some(KnownTransaction {
-            position: LogPosition::new(Epoch::new(word(slot, 44)), Lsn::new(long(slot, 48))),
-            checksum: DatabaseChecksum::from_u64(long(slot, 56)),
-            page_size: PageSize::try_from(word(slot, 64)).ok()?,
-            page_count: word(slot, 68),
-        })
+    let is_set = |flag: u32| flags & flag != 0;
+    let last = match is_set(FLAG_LAST) {
+        true => Some(decode_known(slot, 44)?),
+        false => None,
     };
-    let wal = (flags & FLAG_WAL != 0).then(|| WalPosition {
-        salts: WalSalts(word(slot, 72), word(slot, 76)),
-        checkpoint_sequence: word(slot, 80),
-        frame: word(slot, 84),
-        checksum: WalChecksum(word(slot, 88), word(slot, 92)),
-    });
-    let in_flight = (flags & FLAG_IN_FLIGHT != 0).then(|| InFlight {
-        origin: Origin {
-            client: ClientId::from_bytes(id(slot, 96)),
-            sequence: long(slot, 112),
-        },
+    let in_flight = is_set(FLAG_IN_FLIGHT).then(|| InFlight {
+        origin: decode_origin(slot, 96),
         base_lsn: Lsn::new(long(slot, 120)),
         checksum: DatabaseChecksum::from_u64(long(slot, 128)),
     });
-    let database = DatabaseId::from_bytes(id(slot, 24));
-    let applying = flags & FLAG_APPLYING != 0;
-    Some((
-        long(slot, 16),
-        MarkState {
-            database,
-            last,
-            wal,
-            in_flight,
-            applying,
-        },
-    ))
+    let unconfirmed = match is_set(FLAG_UNCONFIRMED) {
+        true => {
+            let at = UNCONFIRMED_OFFSET + ORIGIN_BYTES;
+            let last = decode_known(slot, at)?;
+            let wal = is_set(FLAG_CONFIRMED_WAL).then(|| decode_wal(slot, at + KNOWN_BYTES));
+            Some(Unconfirmed {
+                newest: decode_origin(slot, UNCONFIRMED_OFFSET),
+                confirmed: Tip { last, wal },
+            })
+        }
+        false => None,
+    };
+    let mut id = [0u8; 16];
+    id.copy_from_slice(&slot[24..40]);
+    let state = MarkState {
+        database: DatabaseId::from_bytes(id),
+        last,
+        wal: is_set(FLAG_WAL).then(|| decode_wal(slot, 72)),
+        in_flight,
+        applying: is_set(FLAG_APPLYING),
+        unconfirmed,
+    };
+    Some((long(slot, 16), state))
 }
 
 #[cfg(test)]
@@ -487,6 +622,26 @@ mod tests {
                 checksum: DatabaseChecksum::from_u64(13),
             }),
             applying: true,
+            unconfirmed: Some(Unconfirmed {
+                newest: Origin {
+                    client: ClientId::from_bytes([8; 16]),
+                    sequence: 14,
+                },
+                confirmed: Tip {
+                    last: KnownTransaction {
+                        position: LogPosition::new(Epoch::new(2), Lsn::new(15)),
+                        checksum: DatabaseChecksum::from_u64(16),
+                        page_size: PageSize::try_from(512).unwrap(),
+                        page_count: 17,
+                    },
+                    wal: Some(WalPosition {
+                        salts: WalSalts(18, 19),
+                        checkpoint_sequence: 20,
+                        frame: 21,
+                        checksum: WalChecksum(22, 23),
+                    }),
+                },
+            }),
         }
     }
 
@@ -506,6 +661,39 @@ mod tests {
         assert!(reopened.stamp_matches().unwrap());
         std::fs::write(&db, b"xy").unwrap();
         assert!(!reopened.stamp_matches().unwrap());
+    }
+
+    /// Broken, commits that a checkpoint has moved into the database file would be taken back out
+    /// of the WAL, and the file would be no transaction's.
+    #[test]
+    fn a_confirmation_reads_back_unless_it_is_torn() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = dir.path().join("a.db");
+        let mark = Mark::create(&db, "name", &full()).unwrap();
+        assert_eq!(mark.confirmation().unwrap(), None);
+        let Unconfirmed { newest, confirmed } = full().unconfirmed.unwrap();
+        for wal in [confirmed.wal, None] {
+            let tip = Tip { wal, ..confirmed };
+            mark.confirm(newest, &tip).unwrap();
+            assert_eq!(mark.confirmation().unwrap(), Some((newest, tip)));
+        }
+        mark.file
+            .write_at(&[0xff], CONFIRMATION_OFFSET + 30)
+            .unwrap();
+        assert_eq!(mark.confirmation().unwrap(), None);
+    }
+
+    /// Broken, two processes would each take the other's commits for given up.
+    #[test]
+    fn one_process_owns_the_window() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = dir.path().join("a.db");
+        let mark = Mark::create(&db, "name", &full()).unwrap();
+        let owned = mark.try_own().unwrap();
+        assert!(owned.is_some());
+        assert!(mark.try_own().unwrap().is_none());
+        drop(owned);
+        assert!(mark.try_own().unwrap().is_some());
     }
 
     /// Broken, a crash in the middle of writing a slot would make the database unopenable, or a

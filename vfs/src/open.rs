@@ -13,11 +13,12 @@
 //! The first opener does this under SQLite's exclusive lock; who finds the database in use joins.
 
 use crate::connection::{Connection, LogLevel, Surroundings};
+use crate::deferred;
 use crate::error::Refusal;
 use crate::file::{BaseFile, DatabaseFile};
 use crate::mark::{
-    InFlight, KnownTransaction, Mark, MarkState, WalPosition, mark_path, note_wal_ended,
-    with_suffix,
+    InFlight, KnownTransaction, Mark, MarkState, Tip, Unconfirmed, WalPosition, mark_path,
+    note_wal_ended, with_suffix,
 };
 use crate::page_table::PageChanges;
 use crate::roll_forward::{Applier, read_transactions};
@@ -26,6 +27,7 @@ use crate::survey::{Content, WalSurvey};
 use bytes::Bytes;
 use durovfs_wire::client::{CommitOutcome, FailureKind};
 use durovfs_wire::entry::PayloadBuilder;
+use durovfs_wire::wal::{WAL_HEADER_BYTES, WalHeader};
 use durovfs_wire::{CommitHeader, DatabaseChecksum, Lsn, Origin, Timestamp};
 use std::fs::{File, OpenOptions};
 use std::path::Path;
@@ -70,7 +72,7 @@ where
                         path.to_owned(),
                         mark,
                         Box::new(file),
-                        epoch,
+                        (log.database, epoch),
                     ));
                 }
                 Next::RecoverJournal => {
@@ -83,13 +85,16 @@ where
             && state.database == log.database
             && !state.applying
         {
+            if let Some(refusal) = deferred::lost(surroundings.sink.as_ref(), log.database) {
+                return Err(Refusal::cannot_open(refusal.message));
+            }
             let path = path.to_owned();
             return Ok(Connection::new(
                 surroundings,
                 path,
                 mark,
                 Box::new(file),
-                log.epoch,
+                (log.database, log.epoch),
             ));
         } else {
             std::thread::sleep(BUSY_PAUSE);
@@ -160,6 +165,12 @@ impl Opener<'_> {
         {
             return Ok(Next::Again);
         }
+        if let Some((mark, state)) = &mut existing
+            && let Some(unconfirmed) = state.unconfirmed
+        {
+            self.settle_deferred(mark, state, &unconfirmed)?;
+            return Ok(Next::Again);
+        }
         let wal_file = self.open_wal()?;
         let survey = match &wal_file {
             Some(wal) => WalSurvey::read(wal)?,
@@ -222,6 +233,72 @@ impl Opener<'_> {
                 Ok(false)
             }
         }
+    }
+
+    /// Deferred commits that the process that made them left behind: finds out whether the log has
+    /// them, and takes them back out of the local file if not.
+    fn settle_deferred(
+        &self,
+        mark: &mut Mark,
+        state: &mut MarkState,
+        unconfirmed: &Unconfirmed,
+    ) -> Result<(), Refusal> {
+        let sink = self.surroundings.sink.as_ref();
+        let timeout = Some(self.surroundings.open_timeout);
+        match deferred::wait_all(sink, mark, state, timeout) {
+            Ok(Some(position)) => state.note_confirmed(position),
+            Ok(None) => {}
+            Err(refusal) => {
+                let confirmed = self.take_back(mark, unconfirmed)?;
+                let line = format!(
+                    "{}: back to {}: {refusal}",
+                    self.path.display(),
+                    confirmed.last.position
+                );
+                (self.surroundings.log)(LogLevel::Error, &line);
+                state.last = Some(confirmed.last);
+                state.wal = confirmed.wal;
+                state.unconfirmed = None;
+            }
+        }
+        mark.write(state)?;
+        deferred::forget(state.database);
+        Ok(())
+    }
+
+    /// Cuts the WAL after the newest confirmed commit. Doing it again does no harm.
+    fn take_back(&self, mark: &Mark, unconfirmed: &Unconfirmed) -> Result<Tip, Refusal> {
+        let confirmed = match mark.confirmation()? {
+            // A checkpoint may have moved more into the database file than a slot tells of.
+            Some((newest, tip))
+                if newest.client == unconfirmed.newest.client
+                    && tip.last.position > unconfirmed.confirmed.last.position =>
+            {
+                tip
+            }
+            _ => unconfirmed.confirmed,
+        };
+        let Some(wal) = self.open_wal()? else {
+            return Ok(Tip {
+                wal: None,
+                ..confirmed
+            });
+        };
+        let mut head = [0u8; WAL_HEADER_BYTES];
+        let read = BaseFile::read_at(&wal, &mut head, 0)?;
+        let header = WalHeader::parse(&head).filter(|_| read == head.len());
+        let frame = header.map_or(0, |header| deferred::cut_frame(&confirmed, header.salts));
+        let size = match frame {
+            0 => 0,
+            frame => WalHeader::frame_offset(confirmed.last.page_size, frame + 1),
+        };
+        if BaseFile::size(&wal)? > size {
+            wal.truncate(size)?;
+        }
+        Ok(Tip {
+            wal: confirmed.wal.filter(|_| frame > 0),
+            ..confirmed
+        })
     }
 
     fn has_hot_journal(&self) -> Result<bool, Refusal> {

@@ -1,6 +1,7 @@
 //! `PRAGMA durovfs_…`, and the pragmas of SQLite that a protected database cannot have.
 
 use crate::connection::Connection;
+use crate::deferred::Durability;
 
 /// What a pragma comes to.
 #[derive(Debug, PartialEq, Eq)]
@@ -17,11 +18,20 @@ impl Connection {
     /// A pragma for this database: its name, and its argument if it has one.
     pub fn pragma(&mut self, name: &str, argument: Option<&str>) -> PragmaAnswer {
         match name.to_ascii_lowercase().as_str() {
-            "durovfs_durability" => durability(argument),
+            "durovfs_durability" => self.durability_pragma(argument),
             "durovfs_timeout" => self.timeout_pragma(argument),
             "journal_mode" => journal_mode(argument),
             _ => PragmaAnswer::NotOurs,
         }
+    }
+
+    fn durability_pragma(&mut self, argument: Option<&str>) -> PragmaAnswer {
+        match argument.map(durability).transpose() {
+            Err(message) => return PragmaAnswer::Refused(message),
+            Ok(Some(durability)) => self.set_durability(durability),
+            Ok(None) => {}
+        }
+        PragmaAnswer::Value(self.durability().name().to_owned())
     }
 
     fn timeout_pragma(&mut self, argument: Option<&str>) -> PragmaAnswer {
@@ -40,21 +50,10 @@ impl Connection {
     }
 }
 
-/// The same words as `durovfs_durability=` in a URI.
-pub(crate) fn durability(argument: Option<&str>) -> PragmaAnswer {
-    match argument
-        .map(|text| text.trim().to_ascii_lowercase())
-        .as_deref()
-    {
-        None | Some("quorum") => PragmaAnswer::Value("quorum".into()),
-        Some("deferred") => PragmaAnswer::Refused(
-            "durovfs_durability: deferred is not available in this version; quorum is in force"
-                .into(),
-        ),
-        Some(other) => PragmaAnswer::Refused(format!(
-            "durovfs_durability: {other:?} is neither quorum nor deferred"
-        )),
-    }
+/// The same words as `durovfs_durability=` in a URI; else what is wrong with them.
+pub(crate) fn durability(text: &str) -> Result<Durability, String> {
+    Durability::parse(text)
+        .ok_or_else(|| format!("durovfs_durability: {text:?} is neither quorum nor deferred"))
 }
 
 fn journal_mode(argument: Option<&str>) -> PragmaAnswer {

@@ -35,11 +35,15 @@ impl Connection {
         }
     }
 
-    /// A write to the database file. None is refused: SQLite must be able to play its journal back.
+    /// A write to the database file. None is refused but a checkpoint's: SQLite must be able to play
+    /// its journal back.
     ///
     /// # Errors
-    /// The file's own.
+    /// The file's own; a refusal when a checkpoint would write what is not confirmed.
     pub fn write_database(&mut self, offset: u64, data: &[u8]) -> Result<(), Refusal> {
+        if let Some(refusal) = self.checkpoint_refusal.clone() {
+            return Err(refusal);
+        }
         if !self.in_checkpoint {
             let length = self.dirty.entry(offset).or_default();
             *length = (*length).max(data.len() as u64);
@@ -266,8 +270,12 @@ impl Connection {
     /// A checkpoint begins or ends.
     pub fn checkpoint(&mut self, running: bool) {
         self.in_checkpoint = running;
+        self.checkpoint_refusal = None;
         if !running {
             self.stamp_if_touched();
+        } else if let Err(refusal) = self.confirm_for_checkpoint() {
+            // SQLite does not look at what the start of a checkpoint returns.
+            self.checkpoint_refusal = Some(self.noted(refusal));
         }
     }
 

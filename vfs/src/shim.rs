@@ -25,7 +25,7 @@ mod vfs_methods;
 use crate::connection::{Connection, LogFn, LogLevel, Surroundings};
 use crate::ffi::{Api, ApiRoutines, text};
 use crate::open;
-use crate::pragma::{PragmaAnswer, durability};
+use crate::pragma::durability;
 use crate::sink::Sink;
 use base_file::RawFile;
 use libsqlite3_sys as sqlite;
@@ -257,12 +257,13 @@ fn kind_of(
     if immutable || (given.is_none() && !(host.options.is_included)(&path)) {
         return Ok(Kind::Plain);
     }
-    if let Some(durable) = durable
-        && let PragmaAnswer::Refused(message) = durability(Some(&durable))
-    {
-        host.tell(LogLevel::Error, &message);
-        return Err(sqlite::SQLITE_CANTOPEN);
-    }
+    let durability = match durable.as_deref().map(durability).transpose() {
+        Ok(durability) => durability.unwrap_or_default(),
+        Err(message) => {
+            host.tell(LogLevel::Error, &message);
+            return Err(sqlite::SQLITE_CANTOPEN);
+        }
+    };
     let surroundings = Surroundings {
         sink: Arc::clone(&host.sink),
         log: host.options.log,
@@ -280,6 +281,7 @@ fn kind_of(
     match open::open(surroundings, &path, &name, file) {
         Ok(mut connection) => {
             connection.warnings.extend(known_bugs(host));
+            connection.set_durability(durability);
             Ok(Kind::Database(Arc::new(Mutex::new(connection))))
         }
         Err(refusal) => {

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use durovfs_wire::client::{CommitOutcome, FailureKind};
 use durovfs_wire::entry::{CommitHeader, EntryPart, Origin, TransactionSummary};
 use durovfs_wire::{DatabaseId, Epoch, LogPosition, Lsn, PageSize};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A log, as the sidecar opened it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,6 +82,31 @@ pub trait Sink: Send + Sync + 'static {
         payload: Bytes,
         timeout: Option<Duration>,
     ) -> CommitOutcome;
+
+    /// Hands over a commit whose outcome is asked for later, with [`Sink::take_deferred`]. `after`
+    /// is the sequence of this process's commit that it is made on top of, when the outcome of that
+    /// one is still open.
+    ///
+    /// # Errors
+    /// When it could not be handed over: it is certainly not committed.
+    fn commit_deferred(
+        &self,
+        database: DatabaseId,
+        commit: CommitHeader,
+        after: Option<u64>,
+        payload: Bytes,
+        timeout: Option<Duration>,
+    ) -> Result<(), SinkError>;
+
+    /// Whether this process makes commits with this origin.
+    fn is_own(&self, origin: Origin) -> bool;
+
+    /// Takes the outcome of a deferred commit, once; none while it is open. Does not block.
+    fn take_deferred(&self, origin: Origin) -> Option<CommitOutcome>;
+
+    /// Blocks until a deferred commit has an outcome to take, or somebody took it, or the moment
+    /// has come; none is for ever.
+    fn wait_deferred(&self, origin: Origin, until: Option<Instant>);
 
     /// Finds out what became of a commit, and makes it certain if a quorum answers in time.
     fn resolve(

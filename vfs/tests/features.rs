@@ -59,14 +59,11 @@ fn pragmas_answer() {
     assert_eq!(text(&db, "PRAGMA durovfs_timeout=0"), "0");
     assert_eq!(text(&db, "PRAGMA main.durovfs_timeout"), "0");
     let refused = |sql: &str| try_exec(&db, sql).unwrap_err().to_string();
-    let text = refused("PRAGMA durovfs_durability=deferred");
-    assert!(text.contains("not available in this version"), "{text}");
+    let text = refused("PRAGMA durovfs_durability=later");
+    assert!(text.contains("neither quorum nor deferred"), "{text}");
     assert!(refused("PRAGMA durovfs_timeout=soon").contains("milliseconds"));
     assert!(refused("PRAGMA journal_mode=OFF").contains("durovfs"));
-    let uri = PathBuf::from(format!(
-        "file:{}?durovfs_durability=deferred",
-        path.display()
-    ));
+    let uri = PathBuf::from(format!("file:{}?durovfs_durability=later", path.display()));
     assert_eq!(
         code(&try_open(&uri).unwrap_err()) & 0xff,
         sqlite::SQLITE_CANTOPEN

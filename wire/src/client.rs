@@ -58,6 +58,9 @@ pub enum ClientMessage {
         /// How many [`ClientMessage::Pages`] of this transaction were sent before. A sidecar that
         /// has not all of them (it was restarted in between) refuses the commit.
         streamed_parts: u32,
+        /// Sequence of this client's commit that this one is made on top of, when that one was not
+        /// answered yet (deferred durability); `commit.base_lsn` is then filled in by the sidecar.
+        after: Option<u64>,
         /// Milliseconds that the client waits; zero is for ever.
         timeout_ms: u64,
     },

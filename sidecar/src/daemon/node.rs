@@ -322,7 +322,7 @@ impl Node {
         {
             return;
         }
-        if let Some(pending) = &mut db.pending {
+        for pending in &mut db.pending {
             pending.moved_at = Instant::now();
             for waiter in &pending.waiters {
                 waiter
@@ -373,9 +373,7 @@ impl Node {
             return false;
         };
         let busy = self.primaries.values().any(|db| {
-            db.pending
-                .as_ref()
-                .is_some_and(|pending| !pending.waiters.is_empty())
+            db.pending.iter().any(|pending| !pending.waiters.is_empty())
                 || (self.store.is_some() && db.has_unarchived())
         });
         !busy || since.elapsed() > STOP_LIMIT

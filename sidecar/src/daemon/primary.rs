@@ -15,7 +15,7 @@ use durovfs_wire::{
     ClaimantId, ClientId, DatabaseId, EntryPart, Epoch, Frame, LogPosition, Lsn, NodeName,
     PageSize, PartHeader, PartKind, Timestamp,
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 /// Part of a client's time that is kept for burying and for the answer's way back.
@@ -27,6 +27,9 @@ const ANSWER_MARGIN: Duration = Duration::from_millis(200);
 /// Clients whose last settled commit is remembered per database. Needed only for messages that a
 /// broken connection still delivers, a moment later.
 const SETTLED_CLIENTS_MAX: usize = 1024;
+/// Commits of one database whose outcome is open: above what a client's window lets it send, so
+/// that only a client that breaks its own rule meets it.
+const PENDING_COMMITS_MAX: usize = 4096;
 
 /// A database that this node is, or wants to be, primary of.
 pub struct PrimaryDatabase {
@@ -38,8 +41,9 @@ pub struct PrimaryDatabase {
     pub last_transaction: Option<TransactionSummary>,
     /// The transaction whose pages stream in.
     pub streamed: Option<Streamed>,
-    /// The commit whose outcome is not certain yet. SQLite's write lock allows only one.
-    pub pending: Option<PendingCommit>,
+    /// The commits whose outcome is not certain yet, in the log's order. More than one only with
+    /// deferred durability: each of them was made on top of the one before.
+    pub pending: VecDeque<PendingCommit>,
     /// Who waits for the log to be open.
     pub waiters: Vec<Waiter>,
     /// Per replica.
@@ -147,7 +151,7 @@ impl PrimaryDatabase {
             name,
             last_transaction: state.and_then(|state| state.last_transaction),
             streamed: None,
-            pending: None,
+            pending: VecDeque::new(),
             waiters: Vec::new(),
             feeds,
             written_lsn,
@@ -198,10 +202,41 @@ impl PrimaryDatabase {
         self.machine.membership().generation
     }
 
-    /// Position of the last committed transaction; zero if there is none.
-    pub fn last_transaction_lsn(&self) -> Lsn {
-        self.last_transaction
-            .map_or(Lsn::ZERO, |summary| summary.position.lsn)
+    /// The last transaction of the log, committed or not yet.
+    pub fn newest_transaction(&self) -> Option<TransactionSummary> {
+        let pending = self.pending.back().map(|pending| pending.summary);
+        pending.or(self.last_transaction)
+    }
+
+    /// Whether a commit follows what the log has, or will have.
+    fn check_order(&self, request: &CommitRequest) -> Result<(), CommitOutcome> {
+        let refuse = |reason: &str| {
+            let reason = reason.to_owned();
+            Err(CommitOutcome::NotCommitted { reason })
+        };
+        let newest = self.newest_transaction();
+        if let Some(after) = request.after {
+            let base = Origin {
+                client: request.commit.origin.client,
+                sequence: after,
+            };
+            return if newest.is_none_or(|newest| newest.commit.origin != base) {
+                refuse("the commit that it was made on top of is not in the log")
+            } else if self.pending.len() >= PENDING_COMMITS_MAX {
+                refuse("too many commits of this database wait for the quorum")
+            } else {
+                Ok(())
+            };
+        }
+        if !self.pending.is_empty() {
+            return refuse("the outcome of an earlier commit is still open");
+        }
+        match newest {
+            Some(last_transaction) if last_transaction.position.lsn != request.commit.base_lsn => {
+                Err(CommitOutcome::Behind { last_transaction })
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -223,6 +258,7 @@ pub struct CommitRequest {
     pub database: DatabaseId,
     pub commit: CommitHeader,
     pub streamed_parts: u32,
+    pub after: Option<u64>,
     pub timeout: Option<Duration>,
     pub payload: Bytes,
     pub permit: Permit,
@@ -244,7 +280,7 @@ impl Node {
         let Some(lsn) = db
             .machine
             .next_lsn()
-            .filter(|_| db.is_open() && db.pending.is_none())
+            .filter(|_| db.is_open() && db.pending.is_empty())
         else {
             db.streamed = None; // its commit will be refused: parts are missing
             return;
@@ -339,9 +375,6 @@ impl Node {
         if let Some(trouble) = &db.own_trouble {
             return refuse(format!("the primary's own journal failed: {trouble}"));
         }
-        if db.pending.is_some() {
-            return refuse("the outcome of an earlier commit is still open".to_owned());
-        }
         let answering = self.answering(db);
         let quorum = self.config.ack_quorum;
         if answering < quorum {
@@ -356,11 +389,7 @@ impl Node {
         let Some(lsn) = db.machine.next_lsn() else {
             return refuse("the log is being opened".to_owned());
         };
-        if request.commit.base_lsn != db.last_transaction_lsn()
-            && let Some(last_transaction) = db.last_transaction
-        {
-            return Err(CommitOutcome::Behind { last_transaction });
-        }
+        db.check_order(request)?;
         let position = LogPosition::new(db.machine.epoch(), lsn);
         let streamed = match &db.streamed {
             Some(open)
@@ -407,6 +436,9 @@ impl Node {
         };
         let commit = CommitHeader {
             time,
+            base_lsn: db
+                .newest_transaction()
+                .map_or(Lsn::ZERO, |tx| tx.position.lsn),
             ..request.commit
         };
         let header = PartHeader {
@@ -429,7 +461,7 @@ impl Node {
             );
         }
         db.streamed = None;
-        db.pending = Some(PendingCommit {
+        db.pending.push_back(PendingCommit {
             summary: TransactionSummary { position, commit },
             waiters: vec![waiter],
             timeout: request.timeout,
@@ -606,34 +638,31 @@ impl Node {
         let last = self
             .primaries
             .get(&database)
-            .and_then(|db| db.last_transaction)
+            .and_then(PrimaryDatabase::newest_transaction)
             .map_or(0, |summary| summary.commit.time.as_micros());
         Timestamp::from_micros(now_micros().max(last + 1))
     }
 
     /// Gives up waiting: buries what was sent, near the end of the client's time, and says
-    /// "unknown" at its end.
+    /// "unknown" at its end. What was sent after the oldest goes with it: it was made on top of it.
     pub fn tick_pending(&mut self, database: DatabaseId, now: Instant) {
         let Some(db) = self.primaries.get_mut(&database) else {
             return;
         };
-        let Some(pending) = &mut db.pending else {
+        let Some(oldest) = db.pending.front() else {
             return;
         };
-        let Some(timeout) = pending.timeout else {
-            return;
-        };
-        let waited = now.duration_since(pending.moved_at);
-        let answer_after = timeout.saturating_sub(ANSWER_MARGIN.min(timeout / 10));
-        let bury_after = answer_after.saturating_sub((timeout / BURY_SHARE).min(BURY_TIME_MAX));
-        if waited >= bury_after && db.machine.state() == PrimaryState::Leading {
-            tracing::warn!(name = %db.name, position = %pending.summary.position,
-                "no quorum of acks in time: burying the entry");
+        if oldest.is_to_be_buried(now) && db.machine.state() == PrimaryState::Leading {
+            tracing::warn!(name = %db.name, position = %oldest.summary.position,
+                entries = db.pending.len(), "no quorum of acks in time: burying");
             db.claimant = new_claimant();
             db.restarted = false;
             db.machine.start_bury(db.claimant);
         }
-        if waited >= answer_after && !pending.waiters.is_empty() {
+        for pending in &mut db.pending {
+            let Some(timeout) = pending.timeout.filter(|_| pending.is_late(now)) else {
+                continue;
+            };
             let reason = format!(
                 "no quorum of replicas acked within {} ms",
                 timeout.as_millis()
@@ -643,42 +672,104 @@ impl Node {
         }
     }
 
-    /// What is certain about the pending commit now that the log says so.
-    pub fn settle_pending(&mut self, database: DatabaseId, committed: Option<LogPosition>) {
+    /// The pending commits up to this position are committed.
+    pub fn settle_committed(&mut self, database: DatabaseId, through: LogPosition) {
         let Some(db) = self.primaries.get_mut(&database) else {
             return;
         };
-        let Some(pending) = db.pending.take() else {
-            return;
-        };
-        let outcome = match committed {
-            Some(position) => {
-                db.last_transaction = Some(pending.summary);
-                CommitOutcome::Committed { position }
-            }
-            None => CommitOutcome::NotCommitted {
-                reason: "no quorum of replicas acked; the entry was buried".to_owned(),
-            },
-        };
-        let origin = pending.summary.commit.origin;
-        db.note_settled(origin);
-        answer_commit(database, pending.waiters, &outcome);
+        while let Some(pending) = db.pending.pop_front_if(|pending| {
+            let position = pending.summary.position;
+            position.lsn <= through.lsn && position.epoch == through.epoch
+        }) {
+            db.last_transaction = Some(pending.summary);
+            db.note_settled(pending.summary.commit.origin);
+            let position = pending.summary.position;
+            answer_commit(
+                database,
+                pending.waiters,
+                &CommitOutcome::Committed { position },
+            );
+        }
     }
 
-    /// The entry may or may not be committed by whoever took over.
+    /// The log says what became of the pending commits: it is open, and has them or never will.
+    pub fn settle_by_log(&mut self, database: DatabaseId) {
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
+        for pending in std::mem::take(&mut db.pending) {
+            let CommitHeader {
+                origin, base_lsn, ..
+            } = pending.summary.commit;
+            let found = super::requests::resolve(db, &self.primary_journal, origin, base_lsn);
+            let outcome = match found {
+                CommitOutcome::Behind { .. } => CommitOutcome::Unknown {
+                    reason: "the log dropped the entries that would tell".to_owned(),
+                },
+                certain => certain,
+            };
+            db.note_settled(origin);
+            answer_commit(database, pending.waiters, &outcome);
+        }
+    }
+
+    /// All pending commits were buried.
+    pub fn settle_buried(&mut self, database: DatabaseId) {
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
+        for pending in std::mem::take(&mut db.pending) {
+            db.note_settled(pending.summary.commit.origin);
+            let reason = "no quorum of replicas acked; the entry was buried".to_owned();
+            answer_commit(
+                database,
+                pending.waiters,
+                &CommitOutcome::NotCommitted { reason },
+            );
+        }
+    }
+
+    /// The entries may or may not be committed by whoever took over.
     pub fn abandon_pending(&mut self, database: DatabaseId, by: Epoch) {
         let Some(db) = self.primaries.get_mut(&database) else {
             return;
         };
-        let Some(pending) = db.pending.take() else {
-            return;
+        for pending in std::mem::take(&mut db.pending) {
+            let reason =
+                format!("another host took over (epoch {by}) while the commit was in flight");
+            answer_commit(
+                database,
+                pending.waiters,
+                &CommitOutcome::Unknown { reason },
+            );
+        }
+    }
+}
+
+impl PendingCommit {
+    /// How long it may go without progress until its caller must be answered; none is for ever.
+    fn answer_after(&self) -> Option<Duration> {
+        self.timeout
+            .map(|timeout| timeout.saturating_sub(ANSWER_MARGIN.min(timeout / 10)))
+    }
+
+    fn waited(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.moved_at)
+    }
+
+    fn is_late(&self, now: Instant) -> bool {
+        !self.waiters.is_empty()
+            && self
+                .answer_after()
+                .is_some_and(|limit| self.waited(now) >= limit)
+    }
+
+    fn is_to_be_buried(&self, now: Instant) -> bool {
+        let (Some(timeout), Some(answer_after)) = (self.timeout, self.answer_after()) else {
+            return false;
         };
-        let reason = format!("another host took over (epoch {by}) while the commit was in flight");
-        answer_commit(
-            database,
-            pending.waiters,
-            &CommitOutcome::Unknown { reason },
-        );
+        let kept = (timeout / BURY_SHARE).min(BURY_TIME_MAX);
+        self.waited(now) >= answer_after.saturating_sub(kept)
     }
 }
 

@@ -101,13 +101,12 @@ impl Node {
     }
 
     fn buried(&mut self, database: DatabaseId, lsn: Lsn) {
-        let buried = self
+        let oldest = self
             .primaries
             .get(&database)
-            .and_then(|db| db.pending.as_ref())
-            .is_some_and(|pending| pending.summary.position.lsn >= lsn);
-        if buried {
-            self.settle_pending(database, None);
+            .and_then(|db| db.pending.front());
+        if oldest.is_some_and(|pending| pending.summary.position.lsn >= lsn) {
+            self.settle_buried(database);
         }
     }
 
@@ -182,14 +181,8 @@ impl Node {
         };
         tracing::info!(name = %db.name, %epoch, %end, "the log is open");
         db.failed_claims = 0;
-        if let Some(pending) = &db.pending {
-            // Ordinary recovery has decided: the entry is in the log, or it is not.
-            let position = pending.summary.position;
-            let kept = db
-                .last_transaction
-                .is_some_and(|last| last.position == position);
-            self.settle_pending(database, kept.then_some(position));
-        }
+        // Ordinary recovery has decided: what was pending is in the log, or never will be.
+        self.settle_by_log(database);
         self.answer_waiters(database);
     }
 
@@ -233,14 +226,8 @@ impl Node {
         };
         db.upload.note_committed();
         self.uploads_due.insert(database);
-        let done = db
-            .pending
-            .as_ref()
-            .map(|pending| pending.summary.position)
-            .filter(|position| position.lsn <= lsn && position.epoch == db.machine.epoch());
-        if done.is_some() {
-            self.settle_pending(database, done);
-        }
+        let through = LogPosition::new(db.machine.epoch(), lsn);
+        self.settle_committed(database, through);
         self.commits_untold.insert(database);
     }
 

@@ -102,6 +102,7 @@ impl Node {
                 database,
                 commit,
                 streamed_parts,
+                after,
                 timeout_ms,
             } => {
                 let request = CommitRequest {
@@ -110,6 +111,7 @@ impl Node {
                     database,
                     commit,
                     streamed_parts,
+                    after,
                     timeout: timeout(timeout_ms),
                     payload,
                     permit,
@@ -324,8 +326,10 @@ impl Node {
         if let Want::Resolve {
             request, origin, ..
         } = waiter.want
-            && let Some(pending) = &mut db.pending
-            && pending.summary.commit.origin == origin
+            && let Some(pending) = db
+                .pending
+                .iter_mut()
+                .find(|pending| pending.summary.commit.origin == origin)
             && !pending.waiters.is_empty()
         {
             // It is on its way: whoever waits is told with the others.

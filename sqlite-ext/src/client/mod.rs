@@ -4,6 +4,7 @@
 //! Nothing here calls SQLite. `docs/architecture.md` tells how it fits the rest.
 
 mod call;
+mod deferred;
 mod driver;
 mod stream;
 mod table;
@@ -13,6 +14,7 @@ mod tests;
 use crate::config::ClientConfig;
 use bytes::Bytes;
 use call::{Call, block_on};
+use deferred::{DeferredCommits, outcome_of};
 use driver::{Command, Setup};
 use durovfs_vfs::sink::{OpenedLog, Sink, SinkError, SinkErrorKind};
 use durovfs_wire::client::{ClientMessage, CommitOutcome, FailureKind, SidecarMessage};
@@ -24,7 +26,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use stream::{STALL_TIMEOUT, Step};
-use table::{Answer, Pending, Request, Table, outcome_of_failure};
+use table::{Answer, Pending, Reply, Request, Table};
 use tokio::sync::mpsc::{self, UnboundedSender};
 use tokio::sync::oneshot;
 
@@ -51,6 +53,8 @@ struct Process {
     numbers: Arc<AtomicU64>,
     /// Commits that have a stream of their own, and whose last step was not made.
     streamed: Mutex<HashSet<u64>>,
+    /// Commits that nobody waits for.
+    deferred: Arc<DeferredCommits>,
     commands: Mutex<Option<UnboundedSender<Command>>>,
     /// Why there is no connection.
     trouble: Arc<Mutex<Option<String>>>,
@@ -77,6 +81,7 @@ impl Process {
             client: ClientId::from_bytes(id),
             numbers: Arc::new(AtomicU64::new(1)),
             streamed: Mutex::default(),
+            deferred: Arc::default(),
             commands: Mutex::default(),
             trouble: Arc::default(),
             child: OnceLock::new(),
@@ -240,7 +245,7 @@ impl Client {
         let pending = Pending {
             call: call.clone(),
             request,
-            answer: sender,
+            answer: Reply::Caller(sender),
         };
         self.hand_over(process, Command::Call { number, pending })?;
         Ok(answer)
@@ -274,12 +279,7 @@ impl Client {
         answer: oneshot::Receiver<Answer>,
     ) -> CommitOutcome {
         match self.wait(process, number, call, answer) {
-            Some(Answer::Message(SidecarMessage::Outcome { outcome, .. })) => outcome,
-            Some(Answer::Message(SidecarMessage::Failed { kind, message, .. })) => {
-                outcome_of_failure(kind, message, call.was_sent())
-            }
-            Some(Answer::Message(other)) => uncertain(call, refused(other).message),
-            Some(Answer::Refused(reason)) => uncertain(call, reason),
+            Some(answer) => outcome_of(call, answer),
             None => uncertain(call, self.trouble(process)),
         }
     }
@@ -449,6 +449,7 @@ impl Sink for Client {
                 Request::Commit {
                     database,
                     commit,
+                    after: None,
                     payload,
                 },
             )
@@ -457,6 +458,58 @@ impl Sink for Client {
             Ok(answer) => self.wait_for_outcome(process, number, &call, answer),
             Err(error) => uncertain(&call, error.message),
         }
+    }
+
+    fn commit_deferred(
+        &self,
+        database: DatabaseId,
+        commit: CommitHeader,
+        after: Option<u64>,
+        payload: Bytes,
+        timeout: Option<Duration>,
+    ) -> Result<(), SinkError> {
+        let process = self.process();
+        let sequence = commit.origin.sequence;
+        if commit.origin.client != process.client {
+            let reason = "the transaction was begun before a fork".to_owned();
+            return Err(unreachable_error(reason));
+        }
+        let call = Arc::new(Call::new(timeout));
+        process.deferred.add(sequence, call.clone());
+        let commits = process.deferred.clone();
+        let pending = Pending {
+            call,
+            request: Request::Commit {
+                database,
+                commit,
+                after,
+                payload,
+            },
+            answer: Reply::Deferred { commits, sequence },
+        };
+        let number = sequence;
+        self.hand_over(process, Command::Call { number, pending })
+            .inspect_err(|_| process.deferred.withdraw(sequence))
+    }
+
+    fn is_own(&self, origin: Origin) -> bool {
+        origin.client == self.process().client
+    }
+
+    fn take_deferred(&self, origin: Origin) -> Option<CommitOutcome> {
+        let process = self.process();
+        let trouble = || self.trouble(process);
+        let outcome = process.deferred.take(origin.sequence, trouble);
+        if let Some(CommitOutcome::Unknown { .. }) = &outcome {
+            // Nobody asks for it again; without a thread there is nothing to forget.
+            let number = origin.sequence;
+            let _ = self.hand_over(process, Command::Forget { number });
+        }
+        outcome
+    }
+
+    fn wait_deferred(&self, origin: Origin, until: Option<Instant>) {
+        self.process().deferred.wait(origin.sequence, until);
     }
 
     fn resolve(

@@ -328,6 +328,7 @@ impl Transaction {
             database,
             commit,
             streamed_parts,
+            after: None,
             timeout_ms,
         };
         let frame = frame(&message, payload)?;

@@ -9,6 +9,7 @@
 //!   have been restarted, and keeps in memory only what it is told.
 
 use super::call::Call;
+use super::deferred::DeferredCommits;
 use bytes::Bytes;
 use durovfs_wire::client::{ClientMessage, CommitOutcome, FailureKind, SidecarMessage};
 use durovfs_wire::entry::{CommitHeader, Origin};
@@ -47,6 +48,8 @@ pub(super) enum Request {
         database: DatabaseId,
         /// Its facts.
         commit: CommitHeader,
+        /// Sequence of the unanswered commit that it is made on top of, if there is one.
+        after: Option<u64>,
         /// Its pages.
         payload: Bytes,
     },
@@ -70,6 +73,30 @@ impl Request {
     }
 }
 
+/// Where an answer goes.
+#[derive(Debug)]
+pub(super) enum Reply {
+    /// To the thread that waits for it.
+    Caller(oneshot::Sender<Answer>),
+    /// To whoever asks what became of a deferred commit.
+    Deferred {
+        /// All of this process.
+        commits: Arc<DeferredCommits>,
+        /// Its number.
+        sequence: u64,
+    },
+}
+
+impl Reply {
+    fn send(self, answer: Answer) {
+        match self {
+            // The caller may be gone: its time is over.
+            Self::Caller(sender) => drop(sender.send(answer)),
+            Self::Deferred { commits, sequence } => commits.answer(sequence, answer),
+        }
+    }
+}
+
 /// A call that waits.
 #[derive(Debug)]
 pub(super) struct Pending {
@@ -78,7 +105,7 @@ pub(super) struct Pending {
     /// What it asks for.
     pub(super) request: Request,
     /// Who waits.
-    pub(super) answer: oneshot::Sender<Answer>,
+    pub(super) answer: Reply,
 }
 
 /// All calls of the process, by number: the sequence of a commit, the request of anything else.
@@ -181,8 +208,7 @@ impl Table {
                 continue;
             }
             if let Some(pending) = self.pending.remove(&number) {
-                // The caller may be gone: its time is over.
-                let _ = pending.answer.send(Answer::Refused(reason.to_owned()));
+                pending.answer.send(Answer::Refused(reason.to_owned()));
             }
         }
     }
@@ -265,13 +291,15 @@ impl Table {
             Request::Commit {
                 database,
                 commit,
+                after,
                 payload,
             } if !sent_before => {
-                let (database, commit) = (*database, *commit);
+                let (database, commit, after) = (*database, *commit, *after);
                 let message = ClientMessage::Commit {
                     database,
                     commit,
                     streamed_parts: 0,
+                    after,
                     timeout_ms,
                 };
                 return Frame::encode(&message, payload.clone()).map(Some);
@@ -408,8 +436,7 @@ impl Table {
 
     fn answer(&mut self, number: u64, message: SidecarMessage) {
         if let Some(pending) = self.pending.remove(&number) {
-            // The caller may be gone: its time is over.
-            let _ = pending.answer.send(Answer::Message(message));
+            pending.answer.send(Answer::Message(message));
         }
     }
 }

@@ -52,6 +52,27 @@ impl Sink for Always {
         }
     }
 
+    fn commit_deferred(
+        &self,
+        _: DatabaseId,
+        _: CommitHeader,
+        _: Option<u64>,
+        _: Bytes,
+        _: Option<Duration>,
+    ) -> Result<(), SinkError> {
+        unreachable!("not asked for")
+    }
+
+    fn is_own(&self, _: Origin) -> bool {
+        true
+    }
+
+    fn take_deferred(&self, _: Origin) -> Option<CommitOutcome> {
+        None
+    }
+
+    fn wait_deferred(&self, _: Origin, _: Option<std::time::Instant>) {}
+
     fn resolve(&self, _: DatabaseId, _: Origin, _: Lsn, _: Option<Duration>) -> CommitOutcome {
         CommitOutcome::Unknown {
             reason: "nobody answers".into(),
@@ -133,7 +154,8 @@ fn world() -> World {
         open_timeout: Duration::from_secs(1),
     };
     let database = Box::new(tempfile::tempfile().unwrap());
-    let mut connection = Connection::new(surroundings, path, mark, database, Epoch::new(1));
+    let log = (DatabaseId::from_bytes([2; 16]), Epoch::new(1));
+    let mut connection = Connection::new(surroundings, path, mark, database, log);
     let fails = Arc::new(AtomicBool::new(false));
     let file = tempfile::tempfile().unwrap();
     connection.attach_wal(Box::new(Faulty {

@@ -362,6 +362,12 @@ pub(super) unsafe extern "C" fn x_shm_lock(
             return sqlite::SQLITE_IOERR_SHMLOCK;
         }
         if let Kind::Database(connection) = &inner.kind
+            && !unlocks
+            && let Err(refusal) = locked(connection).check_not_lost()
+        {
+            return refusal.code();
+        }
+        if let Kind::Database(connection) = &inner.kind
             && unlocks
             && flags & sqlite::SQLITE_SHM_EXCLUSIVE != 0
             && offset == WAL_WRITE_LOCK

@@ -16,7 +16,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What becomes of a commit, when a test says so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +60,9 @@ struct State {
     faults: HashMap<DatabaseId, VecDeque<Fault>>,
     /// Outcomes of all further commits of a database, when no fault is queued.
     unreachable: HashMap<DatabaseId, bool>,
+    /// Deferred commits of these databases wait for the test's word.
+    held: HashMap<DatabaseId, Vec<(CommitHeader, Option<u64>, Bytes)>>,
+    outcomes: HashMap<Origin, CommitOutcome>,
     resolve_unknown: HashMap<DatabaseId, bool>,
 }
 
@@ -113,6 +116,71 @@ impl ModelSink {
             .unwrap()
             .resolve_unknown
             .insert(id_of(name), unknown);
+    }
+
+    /// From now on deferred commits get no answer.
+    pub fn hold(&self, name: &str) {
+        self.state
+            .lock()
+            .unwrap()
+            .held
+            .entry(id_of(name))
+            .or_default();
+    }
+
+    /// Answers the first `count` deferred commits that were held, and holds no more.
+    pub fn release(&self, name: &str, count: usize) {
+        let id = id_of(name);
+        let held = self
+            .state
+            .lock()
+            .unwrap()
+            .held
+            .remove(&id)
+            .unwrap_or_default();
+        for (at, (commit, after, payload)) in held.into_iter().enumerate() {
+            let outcome = if at < count {
+                self.append_after(id, commit, after, payload)
+            } else {
+                let reason = "no quorum".to_owned();
+                CommitOutcome::NotCommitted { reason }
+            };
+            self.state
+                .lock()
+                .unwrap()
+                .outcomes
+                .insert(commit.origin, outcome);
+        }
+    }
+
+    pub fn held(&self, name: &str) -> usize {
+        self.state
+            .lock()
+            .unwrap()
+            .held
+            .get(&id_of(name))
+            .map_or(0, Vec::len)
+    }
+
+    fn append_after(
+        &self,
+        id: DatabaseId,
+        mut commit: CommitHeader,
+        after: Option<u64>,
+        payload: Bytes,
+    ) -> CommitOutcome {
+        if let Some(after) = after {
+            let state = self.state.lock().unwrap();
+            let last = state.logs[&id].entries.last().unwrap();
+            let base = (last.commit.origin.client, last.commit.origin.sequence);
+            assert_eq!(
+                base,
+                (commit.origin.client, after),
+                "made on top of another commit"
+            );
+            commit.base_lsn = Lsn::new(last.lsn);
+        }
+        self.append(id, commit, &[payload])
     }
 
     pub fn last_lsn(&self, name: &str) -> u64 {
@@ -505,6 +573,43 @@ impl Sink for ModelSink {
                 die()
             }
             Fault::Die => die(),
+        }
+    }
+
+    fn commit_deferred(
+        &self,
+        database: DatabaseId,
+        commit: CommitHeader,
+        after: Option<u64>,
+        payload: Bytes,
+        _timeout: Option<Duration>,
+    ) -> Result<(), SinkError> {
+        if let Some(held) = self.state.lock().unwrap().held.get_mut(&database) {
+            held.push((commit, after, payload));
+            return Ok(());
+        }
+        let outcome = self.append_after(database, commit, after, payload);
+        self.state
+            .lock()
+            .unwrap()
+            .outcomes
+            .insert(commit.origin, outcome);
+        Ok(())
+    }
+
+    fn is_own(&self, origin: Origin) -> bool {
+        origin.client.as_bytes()[..4] == std::process::id().to_le_bytes()
+    }
+
+    fn take_deferred(&self, origin: Origin) -> Option<CommitOutcome> {
+        self.state.lock().unwrap().outcomes.remove(&origin)
+    }
+
+    fn wait_deferred(&self, origin: Origin, until: Option<Instant>) {
+        while !self.state.lock().unwrap().outcomes.contains_key(&origin)
+            && until.is_none_or(|until| Instant::now() < until)
+        {
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 
