@@ -311,14 +311,14 @@ impl Connection {
         }
     }
 
-    /// Brings the state level with what is confirmed; with durability `quorum`, waits for all.
-    /// SQLite's write lock is held.
+    /// Brings the state level with what is confirmed of this process's commits; waits for those of
+    /// another. SQLite's write lock is held.
     pub(crate) fn settle_deferred(&mut self, state: &mut MarkState) -> Result<(), Refusal> {
         let Some(unconfirmed) = state.unconfirmed else {
             return Ok(());
         };
         let sink = Arc::clone(&self.surroundings.sink);
-        if self.durability == Durability::Deferred && sink.is_own(unconfirmed.newest) {
+        if sink.is_own(unconfirmed.newest) {
             self.fold_confirmed(state, unconfirmed)
         } else {
             self.confirm_all(state)

@@ -232,3 +232,67 @@ fn a_killed_process_leaves_a_file_that_goes_back_to_what_the_quorum_has() {
         assert_level(&path);
     }
 }
+
+/// Waits until the other process has come to a point, or says so to it.
+fn signal(path: &Path, name: &str) {
+    std::fs::write(path.with_extension(name), b"").unwrap();
+}
+
+fn await_signal(path: &Path, name: &str) {
+    let signal = path.with_extension(name);
+    for _ in 0..1000 {
+        if signal.exists() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("{} did not come", signal.display());
+}
+
+/// Not a test of its own: commits that another process checkpoints before this one hears that they
+/// are confirmed, then more that never are.
+#[test]
+fn unaware_child() {
+    let Ok(path) = std::env::var("DUROVFS_UNAWARE_CHILD") else {
+        return;
+    };
+    let path = PathBuf::from(path);
+    let name = path.to_str().unwrap();
+    let db = open(&path);
+    defer(&db);
+    sink().hold(name);
+    insert(&db, 0..5);
+    sink().commit_held_silently(name);
+    signal(&path, "committed");
+    await_signal(&path, "checkpointed");
+    insert(&db, 5..7);
+    std::process::abort();
+}
+
+/// Broken, a lost commit takes others with it that a checkpoint has moved into the database file,
+/// and the file is no transaction's.
+#[test]
+fn a_checkpoint_by_another_process_is_not_undone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.db");
+    let db = open_wal(&path);
+    exec(&db, "CREATE TABLE t(a)");
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "unaware_child"])
+        .env("DUROVFS_UNAWARE_CHILD", &path)
+        .spawn()
+        .unwrap();
+    await_signal(&path, "committed");
+    assert_eq!(count(&db), 5);
+    exec(&db, "PRAGMA wal_checkpoint(PASSIVE)");
+    signal(&path, "checkpointed");
+    assert!(!child.wait().unwrap().success());
+    let error = try_exec(&db, "INSERT INTO t VALUES (8)").unwrap_err();
+    assert_eq!(common::code(&error), sqlite::SQLITE_IOERR_WRITE);
+    drop(db);
+    let db = open(&path);
+    assert_eq!(count(&db), 5);
+    insert(&db, 8..9);
+    drop(db);
+    assert_level(&path);
+}

@@ -60,7 +60,7 @@ impl Sink for Always {
         _: Bytes,
         _: Option<Duration>,
     ) -> Result<(), SinkError> {
-        unreachable!("not asked for")
+        Ok(())
     }
 
     fn is_own(&self, _: Origin) -> bool {
@@ -91,6 +91,9 @@ impl Sink for Always {
 
 struct Faulty {
     file: File,
+    database: PathBuf,
+    /// Whether the mark knew of unconfirmed commits when the last write was made.
+    was_marked: Arc<AtomicBool>,
     fails: Arc<AtomicBool>,
 }
 
@@ -106,6 +109,9 @@ impl BaseFile for Faulty {
                 "disk full",
             ));
         }
+        let (_, state) = Mark::open(&self.database)?.unwrap();
+        self.was_marked
+            .store(state.unconfirmed.is_some(), Ordering::Relaxed);
         BaseFile::write_at(&self.file, bytes, offset)
     }
 
@@ -125,6 +131,7 @@ impl BaseFile for Faulty {
 struct World {
     connection: Connection,
     fails: Arc<AtomicBool>,
+    was_marked: Arc<AtomicBool>,
     sink: Arc<Always>,
     header: WalHeader,
     _dir: tempfile::TempDir,
@@ -155,11 +162,15 @@ fn world() -> World {
     };
     let database = Box::new(tempfile::tempfile().unwrap());
     let log = (DatabaseId::from_bytes([2; 16]), Epoch::new(1));
+    let database_path = path.clone();
+    let was_marked = Arc::new(AtomicBool::new(false));
     let mut connection = Connection::new(surroundings, path, mark, database, log);
     let fails = Arc::new(AtomicBool::new(false));
     let file = tempfile::tempfile().unwrap();
     connection.attach_wal(Box::new(Faulty {
         file,
+        database: database_path,
+        was_marked: Arc::clone(&was_marked),
         fails: Arc::clone(&fails),
     }));
     let header = WalHeader {
@@ -173,6 +184,7 @@ fn world() -> World {
     World {
         connection,
         fails,
+        was_marked,
         sink,
         header,
         _dir: dir,
@@ -270,4 +282,28 @@ fn busy_never_leaves_the_shim() {
         let refusal = Refusal::new(RefusalKind::File(code), "busy");
         assert_eq!(refusal.code(), sqlite::SQLITE_IOERR);
     }
+}
+
+/// Broken, a crash leaves a frame in the WAL that no quorum has, and nothing tells what to go back
+/// to.
+#[test]
+fn the_mark_knows_of_a_deferred_commit_before_its_frame_is_written() {
+    let mut world = world();
+    world.connection.set_durability(Durability::Deferred);
+    world.commit(false).unwrap();
+    assert!(world.was_marked.load(Ordering::Relaxed));
+    assert_eq!(world.sink.commits.load(Ordering::Relaxed), 0);
+    let status = world.connection.status();
+    assert!(status.unconfirmed);
+    assert_eq!(status.position.lsn, Lsn::new(1));
+    // The local disk refuses: the commit is taken back, and nothing is unconfirmed.
+    let mut world = self::world();
+    world.connection.set_durability(Durability::Deferred);
+    world
+        .connection
+        .write_wal(0, &world.header.encode())
+        .unwrap();
+    world.fails.store(true, Ordering::Relaxed);
+    assert!(world.commit(false).is_err());
+    assert!(!world.connection.status().unconfirmed);
 }
