@@ -261,7 +261,8 @@ fn unaware_child() {
     let db = open(&path);
     defer(&db);
     sink().hold(name);
-    insert(&db, 0..5);
+    insert(&db, 1..5);
+    exec(&db, "INSERT INTO u VALUES (1)");
     sink().commit_held_silently(name);
     signal(&path, "committed");
     await_signal(&path, "checkpointed");
@@ -276,7 +277,10 @@ fn a_checkpoint_by_another_process_is_not_undone() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.db");
     let db = open_wal(&path);
-    exec(&db, "CREATE TABLE t(a)");
+    exec(&db, "CREATE TABLE t(a); CREATE TABLE u(a)");
+    exec(&db, "PRAGMA wal_checkpoint(TRUNCATE)");
+    // Its page stands in the WAL, and again behind it, where the other table's stands only once.
+    insert(&db, 0..1);
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "unaware_child"])
         .env("DUROVFS_UNAWARE_CHILD", &path)
