@@ -248,10 +248,10 @@ impl Opener<'_> {
         match deferred::wait_all(sink, mark, state, timeout) {
             Ok(Some(position)) => state.note_confirmed(position),
             Ok(None) => {}
-            Err(refusal) => {
+            Err(_) => {
                 let confirmed = self.take_back(mark, unconfirmed)?;
                 let line = format!(
-                    "{}: back to {}: {refusal}",
+                    "{}: deferred commits that were not confirmed are undone: back to {}",
                     self.path.display(),
                     confirmed.last.position
                 );
