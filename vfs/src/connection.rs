@@ -362,7 +362,7 @@ impl Connection {
         self.base = None;
     }
 
-    /// Settles deferred commits, and a commit that is in flight, left by this process or by one that died.
+    /// Settles deferred commits, and a commit in flight, left by this process or by one that died.
     ///
     /// # Errors
     /// When the local file lacks it, or nobody can tell.

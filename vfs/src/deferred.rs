@@ -402,7 +402,7 @@ impl Connection {
                     queue.owner = self.mark.try_own()?;
                 }
                 match queue.commits.front() {
-                    // Another process of this host has the window: this commit waits for the quorum.
+                    // Another process of this host has the window: this one waits for the quorum.
                     _ if queue.owner.is_none() => return Ok(false),
                     Some(oldest) if !queue.has_room(bytes) => oldest.origin,
                     _ => return Ok(true),

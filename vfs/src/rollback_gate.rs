@@ -35,8 +35,8 @@ impl Connection {
         }
     }
 
-    /// A write to the database file. None is refused but a checkpoint's: SQLite must be able to play
-    /// its journal back.
+    /// A write to the database file. None is refused but a checkpoint's: SQLite must be able to
+    /// play its journal back.
     ///
     /// # Errors
     /// The file's own; a refusal when a checkpoint would write what is not confirmed.

@@ -244,15 +244,10 @@ fn kind_of(
         )
     };
     // SAFETY: SQLite's names are C strings.
-    let path = match unsafe { text(name) } {
-        Some(path) => PathBuf::from(path),
-        None => {
-            host.tell(
-                LogLevel::Error,
-                "a database path that is not UTF-8 cannot be protected",
-            );
-            return Err(sqlite::SQLITE_CANTOPEN);
-        }
+    let Some(path) = (unsafe { text(name) }).map(PathBuf::from) else {
+        let line = "a database path that is not UTF-8 cannot be protected";
+        host.tell(LogLevel::Error, line);
+        return Err(sqlite::SQLITE_CANTOPEN);
     };
     if immutable || (given.is_none() && !(host.options.is_included)(&path)) {
         return Ok(Kind::Plain);
