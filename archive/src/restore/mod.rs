@@ -83,7 +83,7 @@ pub enum RestoreError {
 
 fn suggestion(near: &[String]) -> String {
     if near.is_empty() {
-        String::new()
+        "; a new one is there after its first upload (`durovfs status`: archived)".to_owned()
     } else {
         format!("; did you mean {}?", near.join(" or "))
     }
