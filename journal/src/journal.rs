@@ -232,20 +232,7 @@ impl Journal {
         disk: Arc<dyn Disk>,
         options: JournalOptions,
     ) -> Result<(Self, Vec<DatabaseState>), JournalError> {
-        options.check()?;
-        let recovered = recover(disk.as_ref())?;
-        let shared = Arc::new(Shared {
-            disk,
-            sync: options.sync,
-            segment_bytes: options.segment_bytes,
-            limit_bytes: options.limit_bytes,
-            tables: Mutex::default(),
-            queue: Mutex::default(),
-            wake: Condvar::new(),
-            preparer: Preparer::default(),
-            trouble: Mutex::default(),
-        });
-        let writer = start_writer(&shared, recovered)?;
+        let (shared, writer) = open_shared(disk, &options, Preparer::default())?;
         let preparing = shared.clone();
         let handles = vec![
             spawn("journal-writer", move || writer.run())?,
@@ -264,6 +251,25 @@ impl Journal {
         let journal = Self { shared, threads };
         let states = journal.databases();
         Ok((journal, states))
+    }
+
+    /// The same without threads: what is handed over is written when the driver is called, on the
+    /// caller's thread. For simulations, in which the same calls always do the same.
+    ///
+    /// # Errors
+    /// When the disk fails, or the journal is damaged.
+    pub fn open_driven(
+        disk: Arc<dyn Disk>,
+        options: &JournalOptions,
+    ) -> Result<(Self, JournalDriver, Vec<DatabaseState>), JournalError> {
+        let (shared, writer) = open_shared(disk, options, Preparer::inline())?;
+        let threads = Arc::new(Threads {
+            shared: shared.clone(),
+            handles: Mutex::default(),
+        });
+        let journal = Self { shared, threads };
+        let states = journal.databases();
+        Ok((journal, JournalDriver { writer }, states))
     }
 
     /// Hands over records. They are written in the order of the calls; `done` runs when they are
@@ -396,11 +402,53 @@ impl Journal {
     }
 }
 
+/// Does what the threads of a journal do, when it is called. Dropping it closes the journal without
+/// a further write, as a killed process does.
+pub struct JournalDriver {
+    writer: Writer,
+}
+
+impl JournalDriver {
+    /// Writes and syncs all that was handed over until now, and runs its completions; false when
+    /// there was nothing. What is handed over meanwhile waits for the next call.
+    pub fn write_waiting(&mut self) -> bool {
+        self.writer.write_now()
+    }
+
+    /// What an idle journal does: notes that all is durable, and makes the next segment ready.
+    pub fn rest(&mut self) {
+        self.writer.write_mark();
+        self.writer.prepare_next();
+    }
+}
+
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, JournalError> {
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(body)
         .map_err(|e| JournalError::io(format!("start thread {name}"), &e))
+}
+
+fn open_shared(
+    disk: Arc<dyn Disk>,
+    options: &JournalOptions,
+    preparer: Preparer,
+) -> Result<(Arc<Shared>, Writer), JournalError> {
+    options.check()?;
+    let recovered = recover(disk.as_ref())?;
+    let shared = Arc::new(Shared {
+        disk,
+        sync: options.sync,
+        segment_bytes: options.segment_bytes,
+        limit_bytes: options.limit_bytes,
+        tables: Mutex::default(),
+        queue: Mutex::default(),
+        wake: Condvar::new(),
+        preparer,
+        trouble: Mutex::default(),
+    });
+    let writer = start_writer(&shared, recovered)?;
+    Ok((shared, writer))
 }
 
 /// Brings what was recovered into a state that can be written to.

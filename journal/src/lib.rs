@@ -21,6 +21,6 @@ mod tests;
 mod writer;
 
 pub use error::JournalError;
-pub use journal::{Completion, Journal, JournalOptions, Usage};
+pub use journal::{Completion, Journal, JournalDriver, JournalOptions, Usage};
 pub use reader::Parts;
 pub use record::{DatabaseState, Record};

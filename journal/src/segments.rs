@@ -108,6 +108,8 @@ fn fill_spare(
 
 #[derive(Default)]
 struct PrepareState {
+    /// No thread runs: whoever takes a spare makes it first.
+    inline: bool,
     wanted: bool,
     /// The writer waits for it.
     urgent: bool,
@@ -124,6 +126,13 @@ pub(crate) struct Preparer {
 }
 
 impl Preparer {
+    /// One without a thread.
+    pub(crate) fn inline() -> Self {
+        let preparer = Self::default();
+        lock(&preparer.state).inline = true;
+        preparer
+    }
+
     /// Asks for a spare, if there is none.
     pub(crate) fn want(&self) {
         let mut state = lock(&self.state);
@@ -138,7 +147,15 @@ impl Preparer {
     }
 
     /// The spare; waits for it when it is not ready yet.
-    pub(crate) fn take(&self) -> Result<Arc<dyn DiskFile>, JournalError> {
+    pub(crate) fn take(
+        &self,
+        disk: &dyn Disk,
+        segment_bytes: u64,
+        prefill: bool,
+    ) -> Result<Arc<dyn DiskFile>, JournalError> {
+        if lock(&self.state).inline {
+            self.prepare_if_wanted(disk, segment_bytes, prefill, true)?;
+        }
         let mut state = lock(&self.state);
         loop {
             if let Some(file) = state.ready.take() {
@@ -163,6 +180,26 @@ impl Preparer {
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Makes a spare on the caller's thread, if there is none and one is asked for, or `needed`.
+    pub(crate) fn prepare_if_wanted(
+        &self,
+        disk: &dyn Disk,
+        segment_bytes: u64,
+        prefill: bool,
+        needed: bool,
+    ) -> Result<(), JournalError> {
+        let state = lock(&self.state);
+        if state.ready.is_some() || state.stop || !(state.wanted || needed) {
+            return Ok(());
+        }
+        drop(state);
+        let file = write_spare(disk, segment_bytes, prefill, || true)?;
+        let mut state = lock(&self.state);
+        state.wanted = false;
+        state.ready = file;
+        Ok(())
     }
 
     pub(crate) fn stop(&self) {

@@ -144,6 +144,15 @@ impl Writer {
         }
     }
 
+    /// Takes and writes all that waits now, on the caller's thread; false when nothing did.
+    pub(crate) fn write_now(&mut self) -> bool {
+        let shared = self.shared.clone();
+        std::mem::swap(&mut self.waiting, &mut lock(&shared.queue).items);
+        let any = !self.waiting.is_empty();
+        self.write_waiting();
+        any
+    }
+
     fn write_waiting(&mut self) {
         let mut batch = Batch::default();
         let mut clean = false;
@@ -381,7 +390,11 @@ impl Writer {
             let detail = format!("{count} segments are needed, the limit is {max}");
             return Err(JournalError::Full { detail });
         }
-        let file = self.shared.preparer.take().map_err(|error| match error {
+        let shared = self.shared.clone();
+        let spare = shared
+            .preparer
+            .take(shared.disk.as_ref(), shared.segment_bytes, shared.sync);
+        let file = spare.map_err(|error| match error {
             JournalError::Io {
                 kind: std::io::ErrorKind::StorageFull,
                 operation,
@@ -560,7 +573,7 @@ impl Writer {
     }
 
     /// Says that all so far is durable. Only a hint: without room it is left out.
-    fn write_mark(&mut self) {
+    pub(crate) fn write_mark(&mut self) {
         if !self.wants_mark() {
             return;
         }
@@ -587,6 +600,20 @@ impl Writer {
         if self.offset > self.active.header.segment_bytes / 2 && count < self.shared.segments_max()
         {
             self.shared.preparer.want();
+        }
+    }
+
+    /// Makes the next segment ready on the caller's thread, if one is wanted.
+    pub(crate) fn prepare_next(&self) {
+        let shared = &self.shared;
+        let prepared = shared.preparer.prepare_if_wanted(
+            shared.disk.as_ref(),
+            shared.segment_bytes,
+            shared.sync,
+            false,
+        );
+        if let Err(error) = prepared {
+            tracing::warn!(%error, "the next journal segment could not be prepared");
         }
     }
 

@@ -43,9 +43,23 @@ struct State {
     fault: Option<u64>,
     /// Syncs of files so far.
     sync_count: u64,
+    /// Syncs of files and of the directory so far.
+    barrier_count: u64,
+    /// The power goes when that many have begun, before the last of them is carried out.
+    power_at_barrier: Option<u64>,
+    /// Syncs say that they were carried out, and are not.
+    lies: bool,
 }
 
 impl State {
+    /// A sync begins.
+    fn begin_barrier(&mut self) {
+        self.barrier_count += 1;
+        if self.power_at_barrier == Some(self.barrier_count) {
+            self.power = Some(0);
+        }
+    }
+
     /// One operation: fails when the power is off, or its turn to fail has come.
     fn step(&mut self) -> io::Result<()> {
         if let Some(left) = &mut self.power {
@@ -95,6 +109,27 @@ impl MemoryDisk {
         lock(&self.state).room = bytes;
     }
 
+    /// The power goes at the sync, of a file or of the directory, with this number, counted from 1
+    /// since the disk was made: what was written before it is there or not, by the crash's draws.
+    pub fn lose_power_at_barrier(&self, number: u64) {
+        lock(&self.state).power_at_barrier = Some(number);
+    }
+
+    /// Syncs of files and of the directory so far.
+    pub fn barrier_count(&self) -> u64 {
+        lock(&self.state).barrier_count
+    }
+
+    /// Whether the power is off.
+    pub fn is_off(&self) -> bool {
+        lock(&self.state).power == Some(0)
+    }
+
+    /// From now on a sync says that it was carried out, and is not: a disk that breaks its promise.
+    pub fn lie_about_syncs(&self) {
+        lock(&self.state).lies = true;
+    }
+
     /// How often a file was synced.
     pub fn sync_count(&self) -> u64 {
         lock(&self.state).sync_count
@@ -103,8 +138,13 @@ impl MemoryDisk {
     /// The power goes now: the disk as it is found afterwards. `draw(n)` gives a number below `n`,
     /// and so decides what of the unsynced survives. The old disk refuses everything.
     pub fn crash(&self, draw: &mut dyn FnMut(u64) -> u64) -> Self {
-        let mut state = lock(&self.state);
-        state.power = Some(0);
+        lock(&self.state).power = Some(0);
+        self.survivor(draw)
+    }
+
+    /// What [`Self::crash`] would leave; the disk goes on.
+    pub fn survivor(&self, draw: &mut dyn FnMut(u64) -> u64) -> Self {
+        let state = lock(&self.state);
         let mut names = state.durable_names.clone();
         let kept = draw(state.name_changes.len() as u64 + 1) as usize;
         for change in state.name_changes.iter().take(kept) {
@@ -266,9 +306,12 @@ impl Disk for MemoryDisk {
 
     fn sync_directory(&self) -> io::Result<()> {
         let mut state = lock(&self.state);
+        state.begin_barrier();
         state.step()?;
-        state.durable_names = state.names.clone();
-        state.name_changes.clear();
+        if !state.lies {
+            state.durable_names = state.names.clone();
+            state.name_changes.clear();
+        }
         Ok(())
     }
 
@@ -323,8 +366,12 @@ impl DiskFile for MemoryFile {
         let mut state = lock(&self.state);
         let mut content = lock(&self.content);
         state.sync_count += 1;
+        state.begin_barrier();
         let stepped = state.step();
         if stepped.is_err() && state.power == Some(0) {
+            return stepped;
+        }
+        if state.lies {
             return stepped;
         }
         // After a failure the system forgets what it did not write, as Linux does: a later sync
