@@ -4,6 +4,7 @@ use super::outbox::Outbox;
 use bytes::Bytes;
 use durovfs_journal::JournalError;
 use durovfs_link::Connection;
+use durovfs_sidecar::replica_log::Notice;
 use durovfs_wire::client::ClientMessage;
 use durovfs_wire::peer::{PrimaryMessage, ReplicaMessage};
 use durovfs_wire::{DatabaseId, Epoch, LogPosition, Lsn, NodeName};
@@ -113,26 +114,8 @@ pub enum JournalEvent {
         complete: bool,
         result: Result<(), JournalError>,
     },
-    /// A part of another primary's entry is on our disk.
-    PartPersisted {
-        database: DatabaseId,
-        position: LogPosition,
-        epoch: Epoch,
-        complete: bool,
-        result: Result<(), JournalError>,
-    },
-    /// A promise is on our disk.
-    PromisePersisted {
-        database: DatabaseId,
-        token: u64,
-        result: Result<(), JournalError>,
-    },
-    /// What may be dropped is on our disk.
-    ProgressPersisted {
-        database: DatabaseId,
-        drop_through: Lsn,
-        result: Result<(), JournalError>,
-    },
+    /// Of a log that this node is replica of.
+    Replica(Notice),
 }
 
 /// How tasks hand events to the actor.

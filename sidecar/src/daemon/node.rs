@@ -109,8 +109,7 @@ impl Node {
             // The last drops before a crash may not have been noted.
             self.replica_journal
                 .drop_through(state.database, state.archive_lsn.min(state.commit_lsn));
-            self.replicas
-                .insert(state.database, ReplicaDatabase::from_journal(&state));
+            self.resume_replica(&state);
         }
         for state in primaries {
             let db = PrimaryDatabase::new(
@@ -282,30 +281,7 @@ impl Node {
             } => {
                 self.handle_own_written(database, position, complete, result);
             }
-            JournalEvent::PartPersisted {
-                database,
-                position,
-                epoch,
-                complete,
-                result,
-            } => {
-                self.handle_part_persisted(database, position, epoch, complete, result);
-            }
-            JournalEvent::PromisePersisted {
-                database,
-                token,
-                result,
-            } => {
-                self.handle_promise_persisted(database, token, result);
-            }
-            JournalEvent::ProgressPersisted {
-                database,
-                drop_through,
-                result,
-            } => match result {
-                Ok(()) => self.replica_journal.drop_through(database, drop_through),
-                Err(error) => tracing::warn!(%database, %error, "nothing was dropped"),
-            },
+            JournalEvent::Replica(notice) => self.handle_replica_notice(notice),
         }
     }
 

@@ -1,15 +1,16 @@
-//! The node as replica: other primaries' messages into the state machine, its effects to the disk
-//! and back. What reaches the wire here was on the disk before.
+//! The node as replica: other primaries' messages into the log's [`ReplicaLog`], its answers to the
+//! wire. What of it is on disk when is in there.
 
 use super::bulk;
 use super::event::{JournalEvent, Permit};
 use super::node::Node;
 use super::outbox::Outbox;
 use bytes::Bytes;
-use durovfs_journal::{DatabaseState, JournalError, Record};
-use durovfs_quorum::{AppendVerdict, Replica, ReplicaEffect, ReplicaState};
+use durovfs_journal::DatabaseState;
+use durovfs_sidecar::replica_log::{AppendContext, AppendRefused, Notice, NoticeSink, ReplicaLog};
 use durovfs_wire::peer::{Claim, PrimaryMessage, RejectReason, ReplicaMessage};
-use durovfs_wire::{DatabaseId, EntryPart, Epoch, LogPosition, Lsn, NodeName, PartHeader};
+use durovfs_wire::{DatabaseId, EntryPart, Epoch, Lsn, NodeName};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A claim by another node is refused while the primary gave a sign of life this lately. Liveness
@@ -20,12 +21,10 @@ const PRIMARY_FRESH: Duration = Duration::from_secs(3);
 pub struct ReplicaDatabase {
     /// Name in the cluster.
     pub name: String,
-    /// Who may append what.
-    pub machine: Replica,
+    /// What of it is on our disk, and who may append what.
+    pub log: ReplicaLog,
     /// The node that appended last.
     holder: Option<NodeName>,
-    /// What the journal was last told may go.
-    noted_archive_lsn: Lsn,
 }
 
 /// A node whose connection to us stands.
@@ -39,36 +38,12 @@ pub struct Inbound {
 }
 
 impl ReplicaDatabase {
-    /// As the journal has it.
-    pub fn from_journal(state: &DatabaseState) -> Self {
-        Self {
-            name: state.name.clone(),
-            machine: Replica::new(state.database, persisted(state)),
-            holder: None,
-            noted_archive_lsn: state.archive_lsn,
-        }
-    }
-
-    fn unheard_of(database: DatabaseId, name: String) -> Self {
+    fn new(name: String, log: ReplicaLog) -> Self {
         Self {
             name,
-            machine: Replica::new(database, ReplicaState::default()),
+            log,
             holder: None,
-            noted_archive_lsn: Lsn::ZERO,
         }
-    }
-}
-
-fn persisted(state: &DatabaseState) -> ReplicaState {
-    ReplicaState {
-        promised: state.promised,
-        claimant: state.claimant,
-        generation: state.generation,
-        last: state.last,
-        first_lsn: state.first_lsn,
-        commit_lsn: state.commit_lsn,
-        archive_lsn: state.archive_lsn,
-        history: state.history.clone(),
     }
 }
 
@@ -107,9 +82,10 @@ impl Node {
                 archive_lsn,
                 part,
             } => {
-                let sender = Sender {
+                let context = AppendContext {
                     generation,
                     epoch,
+                    previous,
                     commit_lsn,
                     archive_lsn,
                 };
@@ -117,7 +93,7 @@ impl Node {
                     header: part,
                     payload,
                 };
-                self.handle_append(node, outbox, sender, previous, entry, permit);
+                self.handle_append(node, outbox, context, entry, permit);
             }
             PrimaryMessage::Progress {
                 database,
@@ -126,10 +102,7 @@ impl Node {
                 archive_lsn,
             } => {
                 if let Some(replica) = self.replicas.get_mut(&database) {
-                    replica
-                        .machine
-                        .handle_progress(epoch, commit_lsn, archive_lsn);
-                    self.note_archived(database);
+                    replica.log.handle_progress(epoch, commit_lsn, archive_lsn);
                 }
             }
             PrimaryMessage::Fetch {
@@ -160,16 +133,17 @@ impl Node {
                 database: claim.database,
                 epoch: claim.epoch,
                 reason: RejectReason::Fenced {
-                    promised: replica.machine.promised(),
+                    promised: replica.log.machine().promised(),
                 },
             });
             return;
         }
-        let replica = self
-            .replicas
-            .entry(claim.database)
-            .or_insert_with(|| ReplicaDatabase::unheard_of(claim.database, claim.name.clone()));
-        replica.machine.handle_claim(node, claim);
+        let (journal, notices) = (self.replica_journal.clone(), self.replica_notices());
+        let replica = self.replicas.entry(claim.database).or_insert_with(|| {
+            let log = ReplicaLog::unheard_of(journal, notices, claim.database);
+            ReplicaDatabase::new(claim.name.clone(), log)
+        });
+        replica.log.handle_claim(node, claim);
         self.drive_replica(claim.database);
     }
 
@@ -177,23 +151,15 @@ impl Node {
         &mut self,
         node: &NodeName,
         outbox: &Outbox,
-        sender: Sender,
-        previous: LogPosition,
+        context: AppendContext,
         entry: EntryPart,
         permit: Permit,
     ) {
-        let Sender {
-            generation,
-            epoch,
-            commit_lsn,
-            archive_lsn,
-        } = sender;
-        let part = entry.header;
-        let database = part.database;
+        let database = entry.header.database;
         let reject = |reason| {
             outbox.answer(&ReplicaMessage::Rejected {
                 database,
-                epoch,
+                epoch: context.epoch,
                 reason,
             });
         };
@@ -202,69 +168,18 @@ impl Node {
                 promised: Epoch::ZERO,
             });
         };
-        if let Err(error) = entry.slots() {
-            tracing::error!(%node, name = %replica.name, %error, "append refused: bad payload");
-            return reject(RejectReason::Storage {
-                message: error.to_string(),
-            });
-        }
-        let verdict = replica.machine.check_append(
-            generation,
-            epoch,
-            previous,
-            &part,
-            commit_lsn,
-            archive_lsn,
-        );
-        let mut records = Vec::with_capacity(2);
-        match verdict {
-            Err(violation) => {
-                tracing::error!(%node, name = %replica.name, %violation, "append refused");
-                return reject(RejectReason::Storage {
-                    message: violation.to_string(),
-                });
+        match replica.log.handle_append(context, entry, permit) {
+            Ok(()) => {
+                replica.holder = Some(node.clone());
+                self.drive_replica(database);
             }
-            Ok(AppendVerdict::Reject(reason)) => return reject(reason),
-            Ok(AppendVerdict::Duplicate) => return self.drive_replica(database),
-            Ok(AppendVerdict::Write {
-                truncate_after,
-                restart_at,
-            }) => {
-                records.extend(truncate_after.map(|after| Record::Truncate { database, after }));
-                records.extend(restart_at.map(|at| Record::Restart { database, at }));
+            Err(refused) => {
+                if let AppendRefused::Violation(violation) = &refused {
+                    tracing::error!(%node, name = %replica.name, %violation, "append refused");
+                }
+                reject(refused.into_reason());
             }
         }
-        replica.holder = Some(node.clone());
-        records.push(Record::Part(entry));
-        self.persist_part(records, &part, epoch, permit);
-    }
-
-    /// Writes a part to the journal. The ack comes from the completion, never before.
-    fn persist_part(
-        &mut self,
-        records: Vec<Record>,
-        part: &PartHeader,
-        epoch: Epoch,
-        permit: Permit,
-    ) {
-        let events = self.journal_events.clone();
-        let database = part.database;
-        let (position, complete) = (part.position(), part.is_last());
-        self.replica_journal.append(
-            records,
-            Box::new(move |result| {
-                drop(permit);
-                // The actor is gone only when the node has stopped.
-                let _ = events.send(JournalEvent::PartPersisted {
-                    database,
-                    position,
-                    epoch,
-                    complete,
-                    result,
-                });
-            }),
-        );
-        self.note_archived(database);
     }
 
     fn handle_fetch(
@@ -279,7 +194,10 @@ impl Node {
             None => Err(RejectReason::Fenced {
                 promised: Epoch::ZERO,
             }),
-            Some(replica) => replica.machine.check_fetch(epoch, first_lsn, last_lsn),
+            Some(replica) => replica
+                .log
+                .machine()
+                .check_fetch(epoch, first_lsn, last_lsn),
         };
         match checked {
             Err(reason) => outbox.answer(&ReplicaMessage::Rejected {
@@ -298,151 +216,50 @@ impl Node {
         }
     }
 
-    /// A part of an entry is on our disk, or will never be.
-    pub fn handle_part_persisted(
-        &mut self,
-        database: DatabaseId,
-        position: LogPosition,
-        epoch: Epoch,
-        complete: bool,
-        result: Result<(), JournalError>,
-    ) {
-        let Some(replica) = self.replicas.get_mut(&database) else {
-            return;
-        };
-        match result {
-            Ok(()) => {
-                replica
-                    .machine
-                    .handle_part_persisted(position, epoch, complete);
-                self.drive_replica(database);
-            }
-            Err(error) => self.storage_failed(database, &error),
-        }
+    /// Takes up a log that our journal holds.
+    pub fn resume_replica(&mut self, state: &DatabaseState) {
+        let (journal, notices) = (self.replica_journal.clone(), self.replica_notices());
+        let log = ReplicaLog::from_journal(journal, notices, state);
+        self.replicas.insert(
+            state.database,
+            ReplicaDatabase::new(state.name.clone(), log),
+        );
     }
 
-    /// What the machine took as written is not: it tells, and a new one begins from what the
-    /// journal has. The primary asks it again what that is.
-    fn storage_failed(&mut self, database: DatabaseId, error: &JournalError) {
+    fn replica_notices(&self) -> NoticeSink {
+        let events = self.journal_events.clone();
+        // The actor is gone only when the node has stopped.
+        Arc::new(move |notice| drop(events.send(JournalEvent::Replica(notice))))
+    }
+
+    /// Our journal has written something of a log, or could not.
+    pub fn handle_replica_notice(&mut self, notice: Notice) {
+        let database = notice.database;
         let Some(replica) = self.replicas.get_mut(&database) else {
             return;
         };
-        tracing::error!(name = %replica.name, %error, "the journal could not write");
-        replica.machine.handle_trouble(error.to_string());
+        let failed = replica.log.handle_notice(notice);
+        if let Some(error) = &failed {
+            tracing::error!(name = %replica.name, %error, "the journal could not write");
+        }
         self.drive_replica(database);
-        let state = self.replica_journal.state(database);
-        match (state, self.replicas.get_mut(&database)) {
-            (Some(state), Some(replica)) => {
-                replica.machine = Replica::new(database, persisted(&state));
-            }
-            _ => drop(self.replicas.remove(&database)),
-        }
-        self.replica_journal.resume(database);
-    }
-
-    /// A promise is on our disk: only now may it be told.
-    pub fn handle_promise_persisted(
-        &mut self,
-        database: DatabaseId,
-        token: u64,
-        result: Result<(), JournalError>,
-    ) {
-        let Some(replica) = self.replicas.get_mut(&database) else {
-            return;
-        };
-        match result {
-            Ok(()) => {
-                replica.machine.handle_promise_persisted(token);
-                self.drive_replica(database);
-            }
-            Err(error) => self.storage_failed(database, &error),
+        if failed.is_some()
+            && let Some(replica) = self.replicas.get_mut(&database)
+        {
+            replica.log.recover_from_trouble();
         }
     }
 
-    /// Carries out what the state machine wants.
+    /// Sends what the log has to say.
     pub fn drive_replica(&mut self, database: DatabaseId) {
         let Some(replica) = self.replicas.get_mut(&database) else {
             return;
         };
-        while let Some(effect) = replica.machine.poll_effect() {
-            match effect {
-                ReplicaEffect::PersistPromise {
-                    token,
-                    epoch,
-                    claimant,
-                    generation,
-                    name,
-                } => {
-                    let events = self.journal_events.clone();
-                    self.replica_journal.append(
-                        vec![Record::Promise {
-                            database,
-                            name,
-                            epoch,
-                            claimant,
-                            generation,
-                        }],
-                        Box::new(move |result| {
-                            let _ = events.send(JournalEvent::PromisePersisted {
-                                database,
-                                token,
-                                result,
-                            });
-                        }),
-                    );
-                }
-                ReplicaEffect::Send { node, mut message } => {
-                    if let ReplicaMessage::Promised(promise) = &mut message {
-                        promise.last_transaction = self
-                            .replica_journal
-                            .state(database)
-                            .filter(|state| state.last == promise.last)
-                            .and_then(|state| state.last_transaction);
-                    }
-                    // A node that went away asks again when it is back.
-                    if let Some(inbound) = self.inbound.get(&node) {
-                        inbound.shared.answer(&message);
-                    }
-                }
+        while let Some((node, message)) = replica.log.poll_message() {
+            // A node that went away asks again when it is back.
+            if let Some(inbound) = self.inbound.get(&node) {
+                inbound.shared.answer(&message);
             }
         }
     }
-
-    /// Writes down what is archived, and drops it when that is on disk.
-    fn note_archived(&mut self, database: DatabaseId) {
-        let Some(replica) = self.replicas.get_mut(&database) else {
-            return;
-        };
-        let drop_through = replica.machine.droppable_lsn();
-        if drop_through <= replica.noted_archive_lsn {
-            return;
-        }
-        replica.noted_archive_lsn = drop_through;
-        let (commit_lsn, archive_lsn) =
-            (replica.machine.commit_lsn(), replica.machine.archive_lsn());
-        let events = self.journal_events.clone();
-        self.replica_journal.append(
-            vec![Record::Progress {
-                database,
-                commit_lsn,
-                archive_lsn,
-            }],
-            Box::new(move |result| {
-                let _ = events.send(JournalEvent::ProgressPersisted {
-                    database,
-                    drop_through,
-                    result,
-                });
-            }),
-        );
-    }
-}
-
-/// What an append says of the primary that sent it.
-#[derive(Clone, Copy)]
-struct Sender {
-    generation: u32,
-    epoch: Epoch,
-    commit_lsn: Lsn,
-    archive_lsn: Lsn,
 }

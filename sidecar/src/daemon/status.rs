@@ -168,10 +168,10 @@ impl Node {
             name: replica.name.clone(),
             database,
             role: Role::Replica,
-            epoch: replica.machine.promised(),
-            lsn: replica.machine.last().lsn,
-            commit_lsn: replica.machine.commit_lsn(),
-            archive_lsn: replica.machine.archive_lsn(),
+            epoch: replica.log.machine().promised(),
+            lsn: replica.log.machine().last().lsn,
+            commit_lsn: replica.log.machine().commit_lsn(),
+            archive_lsn: replica.log.machine().archive_lsn(),
             checksum: state
                 .and_then(|state| state.last_transaction)
                 .map_or_else(String::new, |last| last.commit.checksum.to_string()),

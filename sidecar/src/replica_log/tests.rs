@@ -1,0 +1,146 @@
+//! The order of disk and wire, on a journal in memory that is driven by hand.
+
+use super::*;
+use bytes::Bytes;
+use durovfs_journal::disk::memory::MemoryDisk;
+use durovfs_journal::{JournalDriver, JournalOptions};
+use durovfs_wire::{ClaimantId, PartHeader, PartKind, Timestamp};
+use std::sync::Mutex;
+
+struct Bench {
+    disk: MemoryDisk,
+    driver: JournalDriver,
+    log: ReplicaLog,
+    notices: Arc<Mutex<Vec<Notice>>>,
+}
+
+fn database() -> DatabaseId {
+    DatabaseId::from_bytes([7; 16])
+}
+
+fn primary() -> NodeName {
+    "a".parse().unwrap()
+}
+
+impl Bench {
+    fn new() -> Self {
+        let disk = MemoryDisk::default();
+        let options = JournalOptions {
+            segment_bytes: 64 << 10,
+            limit_bytes: 1 << 20,
+            ..JournalOptions::new("unused", true)
+        };
+        let (journal, driver, _) = Journal::open_driven(Arc::new(disk.clone()), &options).unwrap();
+        let notices: Arc<Mutex<Vec<Notice>>> = Arc::default();
+        let seen = notices.clone();
+        let sink: NoticeSink = Arc::new(move |notice| seen.lock().unwrap().push(notice));
+        let log = ReplicaLog::unheard_of(journal, sink, database());
+        Self {
+            disk,
+            driver,
+            log,
+            notices,
+        }
+    }
+
+    /// Gives the messages that a claim causes at once.
+    fn claim(&mut self, epoch: u32) -> Vec<ReplicaMessage> {
+        let claim = Claim {
+            database: database(),
+            name: "db".to_owned(),
+            generation: 1,
+            epoch: Epoch::new(epoch),
+            claimant: ClaimantId::from_bytes([epoch as u8; 16]),
+        };
+        self.log.handle_claim(&primary(), &claim);
+        self.messages()
+    }
+
+    fn append_start(&mut self, epoch: u32, lsn: u64) -> Vec<ReplicaMessage> {
+        let context = AppendContext {
+            generation: 1,
+            epoch: Epoch::new(epoch),
+            previous: self.log.machine().last(),
+            commit_lsn: Lsn::ZERO,
+            archive_lsn: Lsn::ZERO,
+        };
+        let header = PartHeader {
+            database: database(),
+            epoch: Epoch::new(epoch),
+            lsn: Lsn::new(lsn),
+            part: 0,
+            kind: PartKind::EpochStart {
+                time: Timestamp::from_micros(0),
+                last_transaction: None,
+            },
+        };
+        let payload = Bytes::new();
+        self.log
+            .handle_append(context, EntryPart { header, payload }, ())
+            .unwrap();
+        self.messages()
+    }
+
+    fn messages(&mut self) -> Vec<ReplicaMessage> {
+        std::iter::from_fn(|| self.log.poll_message())
+            .map(|(_, message)| message)
+            .collect()
+    }
+
+    /// Hears the oldest notice; gives the messages that it causes.
+    fn hear(&mut self) -> Vec<ReplicaMessage> {
+        let notice = self.notices.lock().unwrap().remove(0);
+        let failed = self.log.handle_notice(notice);
+        let messages = self.messages();
+        if failed.is_some() {
+            self.log.recover_from_trouble();
+        }
+        messages
+    }
+}
+
+// If this failed, a primary could count a promise or an entry that a power cut takes back.
+#[test]
+fn nothing_is_told_before_it_is_on_disk() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.claim(1), []);
+    bench.driver.write_waiting();
+    assert!(matches!(
+        bench.hear()[..],
+        [ReplicaMessage::Promised { .. }]
+    ));
+    assert_eq!(bench.append_start(1, 1), []);
+    bench.driver.write_waiting();
+    assert!(matches!(bench.hear()[..], [ReplicaMessage::Ack { .. }]));
+}
+
+// If this failed, the notice of a promise that an earlier machine wanted would be taken for one
+// that is still on its way to the disk: it would be told, lost with the power, and broken.
+#[test]
+fn a_notice_for_an_earlier_machine_is_not_taken_for_this_ones() {
+    let mut bench = Bench::new();
+    bench.claim(1);
+    bench.driver.write_waiting();
+    bench.hear();
+    bench.append_start(1, 1);
+    bench.disk.fail_after(0);
+    bench.driver.write_waiting();
+    // Before the failure is heard of, the machine's second promise goes to the journal.
+    assert_eq!(bench.claim(2), []);
+    assert_eq!(bench.hear().len(), 2);
+    bench.driver.write_waiting();
+    // The next machine's second promise is on its way when the notice of that one comes.
+    assert_eq!(bench.claim(3), []);
+    assert!(matches!(
+        bench.claim(4)[..],
+        [ReplicaMessage::Rejected { .. }]
+    ));
+    assert_eq!(bench.hear(), []);
+    bench.driver.write_waiting();
+    assert_eq!(bench.hear(), []);
+    let told = bench.hear();
+    assert!(
+        matches!(&told[..], [ReplicaMessage::Promised(promise)] if promise.epoch == Epoch::new(4)),
+        "{told:?}"
+    );
+}
