@@ -4,10 +4,10 @@
 
 use crate::connection::{Connection, LogLevel};
 use crate::error::{Refusal, RefusalKind};
-use crate::file::BaseFile;
-use crate::mark::{InFlight, KnownTransaction, MarkState, WalPosition};
+use crate::file::{BaseFile, FileIdentity};
+use crate::mark::{InFlight, KnownTransaction, MarkState, WalPosition, with_suffix};
 use crate::page_table::PageChanges;
-use crate::survey::{Content, DatabaseHeader};
+use crate::survey::{Content, DatabaseHeader, WalSurvey};
 use crate::wal_tap::Completion;
 use bytes::Bytes;
 use durovfs_wire::client::CommitOutcome;
@@ -42,34 +42,41 @@ impl Prepared {
 
 impl Connection {
     /// A WAL transaction begins: settles what is open, and checks that nobody wrote in between.
-    pub(crate) fn begin_wal_transaction(&mut self, start: WalPosition) -> Result<(), Refusal> {
+    pub(crate) fn begin_wal_transaction(
+        &mut self,
+        wal: &dyn BaseFile,
+        start: WalPosition,
+    ) -> Result<(), Refusal> {
+        self.check_in_place()?;
+        if FileIdentity::of(&with_suffix(&self.path, "-wal")) != self.wal_identity {
+            return Err(replaced("WAL"));
+        }
         let mut state = self.mark.read()?;
         self.settle(&mut state)?;
         if state.applying {
-            return Err(foreign("a roll forward of the local file was cut short"));
+            return Err(Refusal::not_committed(
+                "a roll forward of the local file was cut short: close all connections and open it \
+                 again",
+            ));
         }
         let Some(last) = state.last else {
-            return Err(foreign(
-                "the WAL is written before the database has a first transaction",
-            ));
+            return Err(self.foreign("its WAL is written before it has a first transaction"));
         };
         let continues = state.wal.is_some_and(|wal| {
             (wal.salts, wal.frame, wal.checksum) == (start.salts, start.frame, start.checksum)
         });
         if !continues {
             if start.frame != 0 {
-                return Err(foreign(&format!(
-                    "the WAL ends at frame {} of salts {:08x} {:08x}, the mark says {}",
-                    start.frame,
-                    start.salts.0,
-                    start.salts.1,
-                    state
-                        .wal
-                        .map_or_else(|| "none".to_owned(), |wal| describe(&wal)),
+                let marked = state.wal.map_or("none".to_owned(), |wal| describe(&wal));
+                return Err(self.foreign(&format!(
+                    "its WAL ends at {}, where the mark says {marked}",
+                    describe(&start)
                 )));
             }
             // A WAL that starts afresh has all before it in the database file.
             self.check_database_file(&last)?;
+        } else if !self.mark.stamp_matches()? {
+            self.check_below_wal(wal, &last)?;
         }
         self.base = Some(state);
         Ok(())
@@ -81,24 +88,64 @@ impl Connection {
         if self.mark.stamp_matches()? {
             return Ok(());
         }
+        self.scan(last, None)
+    }
+
+    /// The same for a database whose WAL has committed frames: they count before what the file
+    /// has. Left out while another connection's checkpoint writes the file, and made at the next
+    /// transaction then: each page that it writes stands in the WAL, too.
+    fn check_below_wal(
+        &mut self,
+        wal: &dyn BaseFile,
+        last: &KnownTransaction,
+    ) -> Result<(), Refusal> {
+        let mut scan = || {
+            let survey = WalSurvey::read(wal)?;
+            self.scan(last, survey.as_ref().map(|survey| (wal, survey)))
+        };
+        self.database.outside_checkpoints(&mut scan).map(drop)
+    }
+
+    fn scan(
+        &self,
+        last: &KnownTransaction,
+        wal: Option<(&dyn BaseFile, &WalSurvey)>,
+    ) -> Result<(), Refusal> {
         let line = format!("{}: scan, its stamp does not match", self.path.display());
         (self.surroundings.log)(LogLevel::Info, &line);
+        let look = self.mark.look()?;
         let header = DatabaseHeader {
             page_size: last.page_size,
             page_count: last.page_count,
         };
         let content = Content {
             database: self.database.as_ref(),
-            wal: None,
+            wal,
             header,
         };
         if !content.is_as_marked(last, &self.table)? {
-            return Err(foreign(&format!(
-                "the file is not as it was at {}",
-                last.position
-            )));
+            return Err(self.foreign("the file holds other pages"));
         }
-        self.mark.stamp()
+        self.mark.stamp_as(&look)
+    }
+
+    /// Makes sure that the name of the database still leads to the file that is open.
+    pub(crate) fn check_in_place(&self) -> Result<(), Refusal> {
+        match self.database.has_moved()? {
+            true => Err(replaced("database file")),
+            false => Ok(()),
+        }
+    }
+
+    /// Somebody wrote to the files without durovfs. Names where the log stands, and the way out.
+    pub(crate) fn foreign(&self, what: &str) -> Refusal {
+        let last = self.mark.newest().and_then(|state| state.last);
+        let position = last.map_or(LogPosition::ZERO, |last| last.position);
+        Refusal::not_committed(format!(
+            "the local file was changed without durovfs after {position}, where its log stands: \
+             {what}; nothing was sent or overwritten; close all connections, then {}",
+            self.mark.way_out()
+        ))
     }
 
     /// Streams slots of the open transaction.
@@ -183,7 +230,7 @@ impl Connection {
             ..
         } = completion;
         if base.last.is_some_and(|last| last.page_size != page_size) {
-            return Err(foreign("the page size of the WAL is not the database's"));
+            return Err(self.foreign("the page size of its WAL is another"));
         }
         let old_count = base.page_count();
         let checksum =
@@ -291,10 +338,10 @@ fn describe(wal: &WalPosition) -> String {
     )
 }
 
-/// Somebody wrote to the files without durovfs.
-pub(crate) fn foreign(what: &str) -> Refusal {
+/// What is written to an open file that has no name any more nobody will find.
+fn replaced(what: &str) -> Refusal {
     Refusal::not_committed(format!(
-        "the local file was changed without durovfs ({what}); nothing was sent or overwritten; \
-         close it and use `durovfs resolve --keep local|log`"
+        "the {what} was moved, deleted or replaced while it is open; nothing was sent; close all \
+         connections and open the database again"
     ))
 }

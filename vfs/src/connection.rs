@@ -6,8 +6,8 @@
 
 use crate::deferred::Durability;
 use crate::error::{Refusal, RefusalKind};
-use crate::file::BaseFile;
-use crate::mark::{Mark, MarkState};
+use crate::file::{BaseFile, FileIdentity};
+use crate::mark::{Mark, MarkState, with_suffix};
 use crate::page_table::{PageChanges, PageTable};
 use crate::sink::Sink;
 use crate::wal_tap::{Step, WalTap};
@@ -90,6 +90,8 @@ pub struct Connection {
     pub(crate) table: PageTable,
     pub(crate) database: Box<dyn BaseFile + Send>,
     pub(crate) wal: Option<Box<dyn BaseFile + Send>>,
+    /// What the WAL's name led to when it was opened.
+    pub(crate) wal_identity: Option<FileIdentity>,
     pub(crate) tap: WalTap,
     pub(crate) epoch: Epoch,
     pub(crate) timeout_ms: u64,
@@ -105,6 +107,13 @@ pub struct Connection {
     /// Why the running checkpoint must not write.
     pub(crate) checkpoint_refusal: Option<Refusal>,
     pub(crate) database_touched: bool,
+    /// Bytes were written in rollback mode that no commit and no playback accounts for yet.
+    pub(crate) unaccounted: bool,
+    /// Whether the file was known to be ours when the checkpoint, or the transaction of rollback
+    /// mode, began.
+    pub(crate) began_stamped: bool,
+    /// The reason not to commit was found in a transaction that is over; the lock was kept.
+    pub(crate) must_check_again: bool,
     pub(crate) acknowledged: Option<Acknowledged>,
     /// Why the open rollback-mode transaction cannot be committed, found when it began.
     pub(crate) rollback_refusal: Option<Refusal>,
@@ -138,6 +147,7 @@ impl Connection {
             mark,
             database,
             wal: None,
+            wal_identity: None,
             tap: WalTap::default(),
             epoch,
             timeout_ms: DEFAULT_TIMEOUT_MS,
@@ -148,6 +158,9 @@ impl Connection {
             in_checkpoint: false,
             checkpoint_refusal: None,
             database_touched: false,
+            unaccounted: false,
+            began_stamped: false,
+            must_check_again: false,
             acknowledged: None,
             rollback_refusal: None,
             expects_playback: false,
@@ -213,6 +226,7 @@ impl Connection {
     pub fn attach_wal(&mut self, wal: Box<dyn BaseFile + Send>) {
         self.end_wal_transaction();
         self.tap = WalTap::default();
+        self.wal_identity = FileIdentity::of(&with_suffix(&self.path, "-wal"));
         self.wal = Some(wal);
     }
 
@@ -260,7 +274,7 @@ impl Connection {
         {
             // Before the first byte of it is written.
             self.skips_wal_sync = false;
-            self.begin_wal_transaction(start)?;
+            self.begin_wal_transaction(wal, start)?;
         }
         for payload in self.tap.take_ready() {
             self.stream(payload)?;

@@ -7,7 +7,8 @@
 use crate::error::{Refusal, RefusalKind};
 use libsqlite3_sys as sqlite;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 
 /// Bytes at offsets.
 pub trait BaseFile {
@@ -41,6 +42,26 @@ pub trait BaseFile {
     /// # Errors
     /// The file's own result code.
     fn size(&self) -> Result<u64, Refusal>;
+
+    /// Whether the file is no longer what its name leads to: moved, deleted, or replaced.
+    ///
+    /// # Errors
+    /// The file's own result code.
+    fn has_moved(&self) -> Result<bool, Refusal> {
+        Ok(false)
+    }
+
+    /// Runs `body` while no connection to this database makes a checkpoint; false when one does
+    /// now, and nothing is run.
+    ///
+    /// # Errors
+    /// What `body` returns.
+    fn outside_checkpoints(
+        &self,
+        body: &mut dyn FnMut() -> Result<(), Refusal>,
+    ) -> Result<bool, Refusal> {
+        body().map(|()| true)
+    }
 }
 
 /// A database file of the host.
@@ -59,6 +80,24 @@ pub trait DatabaseFile: BaseFile {
     /// # Errors
     /// When the host's SQLite cannot.
     fn recover_journal(&self) -> Result<(), Refusal>;
+}
+
+/// Which file a name leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileIdentity {
+    device: u64,
+    inode: u64,
+}
+
+impl FileIdentity {
+    /// Of the file with this name; none when there is none.
+    pub fn of(path: &Path) -> Option<Self> {
+        let metadata = std::fs::metadata(path).ok()?;
+        Some(Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        })
+    }
 }
 
 fn system(action: &str, error: &std::io::Error, code: i32) -> Refusal {

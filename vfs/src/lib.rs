@@ -20,6 +20,7 @@ pub mod mark;
 pub mod open;
 pub mod page_table;
 mod pragma;
+mod resolve;
 mod roll_forward;
 mod rollback_gate;
 #[allow(

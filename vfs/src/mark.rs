@@ -33,6 +33,7 @@
 use crate::error::{Refusal, RefusalKind};
 use crate::file::BaseFile;
 use crate::page_table::PageTable;
+use crate::resolve::way_out;
 use durovfs_wire::wal::{WalChecksum, WalSalts};
 use durovfs_wire::{
     ClientId, DatabaseChecksum, DatabaseId, Epoch, LogPosition, Lsn, Origin, PageSize,
@@ -173,6 +174,10 @@ impl MarkState {
     }
 }
 
+/// How a database file looked at some moment: size, inode, time of its last change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Look([u8; STAMP_BYTES]);
+
 /// The open mark of one database.
 #[derive(Debug)]
 pub struct Mark {
@@ -267,6 +272,11 @@ impl Mark {
         &self.name
     }
 
+    /// What a person does when the local file is not what it should be.
+    pub(crate) fn way_out(&self) -> String {
+        way_out(&self.database_path, &self.name)
+    }
+
     /// The page table, which lives in the same file.
     pub fn page_table(&self) -> PageTable {
         PageTable::new(Arc::clone(&self.file))
@@ -277,23 +287,31 @@ impl Mark {
     /// # Errors
     /// When it cannot be read, or no slot is valid.
     pub fn read(&mut self) -> Result<MarkState, Refusal> {
-        let mut bytes = [0u8; 2 * SLOT_BYTES];
-        self.file.read_at(&mut bytes, 0)?;
-        let (first, second) = bytes.split_at(SLOT_BYTES);
-        let newest = [decode(first), decode(second)]
-            .into_iter()
-            .flatten()
-            .max_by_key(|s| s.0);
-        let Some((sequence, state)) = newest else {
+        let Some((sequence, state)) = self.newest_slot()? else {
             let message = format!(
-                "{}: no slot of the mark is valid (magic, version {VERSION} or CRC); \
-                 `durovfs resolve` decides which side to keep",
-                self.path.display()
+                "{}: no slot of the mark is valid (magic, version {VERSION} or CRC); {}",
+                self.path.display(),
+                self.way_out()
             );
             return Err(Refusal::new(RefusalKind::CannotOpen, message));
         };
         self.sequence = sequence;
         Ok(state)
+    }
+
+    /// What the newest slot says, for a message; none when there is none.
+    pub(crate) fn newest(&self) -> Option<MarkState> {
+        self.newest_slot().ok().flatten().map(|(_, state)| state)
+    }
+
+    fn newest_slot(&self) -> Result<Option<(u64, MarkState)>, Refusal> {
+        let mut bytes = [0u8; 2 * SLOT_BYTES];
+        self.file.read_at(&mut bytes, 0)?;
+        let (first, second) = bytes.split_at(SLOT_BYTES);
+        Ok([decode(first), decode(second)]
+            .into_iter()
+            .flatten()
+            .max_by_key(|s| s.0))
     }
 
     /// Writes the other slot.
@@ -369,7 +387,33 @@ impl Mark {
     /// # Errors
     /// When the file cannot be looked at, or the mark not be written.
     pub fn stamp(&self) -> Result<(), Refusal> {
-        self.file.write_at(&self.fingerprint()?, STAMP_OFFSET)
+        self.stamp_as(&self.look()?)
+    }
+
+    /// How the database file looks now. Taken before the file is read, a stamp of it does not cover
+    /// what is written meanwhile.
+    ///
+    /// # Errors
+    /// When the file cannot be looked at.
+    pub fn look(&self) -> Result<Look, Refusal> {
+        self.fingerprint().map(Look)
+    }
+
+    /// Notes that the database file is ours as it looked then.
+    ///
+    /// # Errors
+    /// When the mark cannot be written.
+    pub fn stamp_as(&self, look: &Look) -> Result<(), Refusal> {
+        self.file.write_at(&look.0, STAMP_OFFSET)
+    }
+
+    /// Before the database file is written otherwise than in a checkpoint: whoever looks at it
+    /// before it is stamped again reads it. Times of files may be too coarse to show the write.
+    ///
+    /// # Errors
+    /// When the mark cannot be written.
+    pub fn void_stamp(&self) -> Result<(), Refusal> {
+        self.file.write_at(&[0; STAMP_BYTES], STAMP_OFFSET)
     }
 
     /// Whether the database file looks as it was last stamped.

@@ -21,6 +21,7 @@ use crate::mark::{
     note_wal_ended, with_suffix,
 };
 use crate::page_table::PageChanges;
+use crate::resolve::way_out;
 use crate::roll_forward::{Applier, read_transactions};
 use crate::sink::{OpenedLog, SinkErrorKind};
 use crate::survey::{Content, WalSurvey};
@@ -53,7 +54,7 @@ where
     loop {
         let existing = Mark::open(path)?;
         let known = existing.as_ref().map(|(_, state)| state.database);
-        let log = open_log(&surroundings, name, known, deadline)?;
+        let log = open_log(&surroundings, name, known, path, deadline)?;
         if file.try_lock_exclusive()? {
             let opener = Opener {
                 surroundings: &surroundings,
@@ -112,8 +113,10 @@ fn open_log(
     surroundings: &Surroundings,
     name: &str,
     known: Option<durovfs_wire::DatabaseId>,
+    path: &Path,
     deadline: Instant,
 ) -> Result<OpenedLog, Refusal> {
+    let way_out = way_out(path, name);
     let left = deadline
         .saturating_duration_since(Instant::now())
         .max(Duration::from_millis(1));
@@ -123,16 +126,16 @@ fn open_log(
         .map_err(|error| {
             let hint = match error.kind {
                 SinkErrorKind::Refused(FailureKind::UnknownDatabase) => {
-                    "; the local file belongs to another log: `durovfs resolve` decides"
+                    format!("; the local file belongs to another log: {way_out}")
                 }
-                _ => "",
+                _ => String::new(),
             };
             Refusal::cannot_open(format!("open {name}: {error}{hint}"))
         })?;
     match known {
         Some(known) if known != log.database => Err(Refusal::cannot_open(format!(
             "open {name}: the local file belongs to log {known}, the cluster has log {} under this \
-             name; `durovfs resolve` decides",
+             name; {way_out}",
             log.database
         ))),
         _ => Ok(log),
@@ -699,11 +702,10 @@ impl Opener<'_> {
 
     fn refuse(&self, what: &str) -> Refusal {
         Refusal::cannot_open(format!(
-            "open {} ({}): {what}; nothing was overwritten; `durovfs resolve {} --keep local|log` \
-             or `durovfs restore` decides",
+            "open {} (log {}): {what}; nothing was overwritten; {}",
             self.path.display(),
             self.log.database,
-            self.name
+            way_out(self.path, self.name)
         ))
     }
 }

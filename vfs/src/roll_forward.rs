@@ -221,9 +221,10 @@ impl Applier<'_> {
         // While a cut-short run is mended the table may hold pages of later transactions already.
         if checksum != commit.checksum && !self.state.applying {
             return Err(Refusal::cannot_open(format!(
-                "checksum after {} is {checksum} here and {} in the log: they differ; \
-                 use `durovfs resolve`",
-                transaction.summary.position, commit.checksum
+                "checksum after {} is {checksum} here and {} in the log: they differ; {}",
+                transaction.summary.position,
+                commit.checksum,
+                self.mark.way_out()
             )));
         }
         if fresh || self.wal.is_none() {
@@ -250,9 +251,9 @@ impl Applier<'_> {
             let sum = self.table.sum(1, self.state.page_count())?;
             if sum != self.state.checksum() {
                 return Err(Refusal::cannot_open(format!(
-                    "checksum is {sum} after the roll forward, in the log {}; \
-                     use `durovfs resolve`",
-                    self.state.checksum()
+                    "checksum is {sum} after the roll forward, in the log {}; {}",
+                    self.state.checksum(),
+                    self.mark.way_out()
                 )));
             }
             self.database.sync()?;

@@ -6,7 +6,6 @@
 //! pages are read back and committed. SQLite sends it as well after it played a journal back:
 //! then no page differs from the page table, and there is nothing to commit.
 
-use crate::commit_gate::foreign;
 use crate::connection::{Acknowledged, Connection};
 use crate::error::Refusal;
 use crate::mark::{KnownTransaction, MarkState};
@@ -25,14 +24,19 @@ impl Connection {
     }
 
     fn check_rollback_base(&mut self) -> Result<(), Refusal> {
+        self.must_check_again = false;
+        self.began_stamped = self.mark.stamp_matches().unwrap_or(false);
         self.check_not_poisoned()?;
+        self.check_in_place()?;
         let mut state = self.mark.read()?;
         self.settle(&mut state)
             .inspect_err(|_| self.must_roll_forward = false)?;
         match state.last {
-            Some(last) if state.wal.is_none() => self.check_database_file(&last),
-            _ => Ok(()),
+            Some(last) if state.wal.is_none() => self.check_database_file(&last)?,
+            _ => {}
         }
+        self.began_stamped = true;
+        Ok(())
     }
 
     /// A write to the database file. None is refused but a checkpoint's: SQLite must be able to
@@ -45,6 +49,12 @@ impl Connection {
             return Err(refusal);
         }
         if !self.in_checkpoint {
+            if self.must_check_again {
+                self.rollback_refusal = self.check_rollback_base().err();
+            }
+            if !std::mem::replace(&mut self.unaccounted, true) {
+                self.mark.void_stamp()?;
+            }
             let length = self.dirty.entry(offset).or_default();
             *length = (*length).max(data.len() as u64);
         }
@@ -63,22 +73,28 @@ impl Connection {
         let plays_back = std::mem::take(&mut self.expects_playback);
         if plays_back && self.rollback_refusal.is_some() {
             // What the journal brings back is not in the page table: that was the refusal's reason.
+            // In exclusive mode the next transaction begins without a lock to be taken.
+            self.must_check_again = true;
+            self.unaccounted = false;
             return Ok(());
         }
-        let result = self.try_commit_database();
-        if result.is_err() {
-            self.expects_playback = true;
-            self.abort_origin();
+        let result = self.try_commit_database(plays_back);
+        match &result {
+            Ok(()) => self.unaccounted = false,
+            Err(_) => {
+                self.expects_playback = true;
+                self.abort_origin();
+            }
         }
         result.map_err(|refusal| self.noted(refusal))
     }
 
-    fn try_commit_database(&mut self) -> Result<(), Refusal> {
+    fn try_commit_database(&mut self, plays_back: bool) -> Result<(), Refusal> {
         let mut base = self.mark.read()?;
         let Some(header) = DatabaseHeader::read(self.database.as_ref())? else {
             return match base.page_count() {
                 0 => Ok(()),
-                _ => Err(foreign("it is empty now")),
+                _ => Err(self.foreign("it is empty now")),
             };
         };
         let whole_image = base
@@ -89,6 +105,9 @@ impl Connection {
             && !self.is_transaction(header, whole_image, &changes)?
         {
             return Ok(());
+        }
+        if plays_back {
+            self.poison("a refused commit was not taken back (journal_mode=OFF?)");
         }
         self.check_not_poisoned()?;
         if let Some(refusal) = self.rollback_refusal.clone() {
@@ -248,6 +267,15 @@ impl Connection {
         self.dirty.clear();
         self.rollback_refusal = None;
         self.expects_playback = false;
+        self.must_check_again = false;
+        if std::mem::take(&mut self.unaccounted) {
+            // Not stamped: whoever comes next reads the file, and finds what it holds.
+            self.database_touched = false;
+            let message = "pages were written that no commit sent and no journal took back \
+                           (journal_mode=OFF?)";
+            self.poison(message);
+            self.noted(Refusal::not_committed(message));
+        }
         if self.acknowledged.take().is_some() {
             let message = "a commit is acknowledged, and SQLite rolled it back here";
             self.poison(message);
@@ -256,9 +284,10 @@ impl Connection {
         self.stamp_if_touched();
     }
 
-    /// Stamps the file when it was written since.
+    /// Stamps the file when it was written since, and was ours before: what was somebody else's is
+    /// not ours because some pages were checkpointed, or played back.
     pub fn stamp_if_touched(&mut self) {
-        if !std::mem::take(&mut self.database_touched) {
+        if !std::mem::take(&mut self.database_touched) || !self.began_stamped {
             return;
         }
         if let Err(refusal) = self.mark.stamp() {
@@ -273,7 +302,10 @@ impl Connection {
         self.checkpoint_refusal = None;
         if !running {
             self.stamp_if_touched();
-        } else if let Err(refusal) = self.confirm_for_checkpoint() {
+            return;
+        }
+        self.began_stamped = self.mark.stamp_matches().unwrap_or(false);
+        if let Err(refusal) = self.confirm_for_checkpoint() {
             // SQLite does not look at what the start of a checkpoint returns.
             self.checkpoint_refusal = Some(self.noted(refusal));
         }

@@ -8,6 +8,9 @@ use libsqlite3_sys::{sqlite3, sqlite3_file};
 use std::ffi::{CString, c_char, c_int};
 use std::path::{Path, PathBuf};
 
+/// Index of the lock of checkpoints among the locks of `xShmLock`.
+const WAL_CHECKPOINT_LOCK: c_int = 1;
+
 /// A file object of the host.
 pub(super) struct RawFile {
     pub(super) file: *mut sqlite3_file,
@@ -80,6 +83,37 @@ impl BaseFile for RawFile {
         let mut size = 0i64;
         self.check(call!(self.file, xFileSize, &raw mut size), "size")?;
         Ok(u64::try_from(size).unwrap_or(0))
+    }
+
+    fn has_moved(&self) -> Result<bool, Refusal> {
+        let mut moved: c_int = 0;
+        let argument: *mut c_int = &raw mut moved;
+        let operation = sqlite::SQLITE_FCNTL_HAS_MOVED;
+        match call!(self.file, xFileControl, operation, argument.cast()) {
+            // A VFS that does not know the operation has no names that lead elsewhere.
+            sqlite::SQLITE_NOTFOUND => Ok(false),
+            code => self
+                .check(code, "look for the name of")
+                .map(|()| moved != 0),
+        }
+    }
+
+    fn outside_checkpoints(
+        &self,
+        body: &mut dyn FnMut() -> Result<(), Refusal>,
+    ) -> Result<bool, Refusal> {
+        let lock = sqlite::SQLITE_SHM_LOCK | sqlite::SQLITE_SHM_EXCLUSIVE;
+        let unlock = sqlite::SQLITE_SHM_UNLOCK | sqlite::SQLITE_SHM_EXCLUSIVE;
+        match call!(self.file, xShmLock, WAL_CHECKPOINT_LOCK, 1, lock) {
+            sqlite::SQLITE_OK => {
+                let done = body();
+                call!(self.file, xShmLock, WAL_CHECKPOINT_LOCK, 1, unlock);
+                done.map(|()| true)
+            }
+            sqlite::SQLITE_BUSY => Ok(false),
+            // Without shared memory (exclusive locking) nobody else can make one.
+            _ => body().map(|()| true),
+        }
     }
 }
 
