@@ -48,7 +48,10 @@ impl Block {
 pub(crate) fn cuts(record: &Record) -> bool {
     matches!(
         record,
-        Record::Truncate { .. } | Record::Restart { .. } | Record::State(_)
+        Record::Truncate { .. }
+            | Record::Restart { .. }
+            | Record::State(_)
+            | Record::Damaged { .. }
     )
 }
 

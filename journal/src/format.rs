@@ -12,9 +12,9 @@ pub(crate) const SEGMENT_HEADER_BYTES: u64 = 4096;
 /// Magic of a segment.
 const SEGMENT_MAGIC: [u8; 8] = *b"DUROJRNL";
 /// Format version that this program reads and writes.
-pub(crate) const FORMAT_VERSION: u32 = 1;
+pub(crate) const FORMAT_VERSION: u32 = 2;
 /// Bytes of the header that are used.
-const HEADER_USED_BYTES: usize = 48;
+const HEADER_USED_BYTES: usize = 56;
 /// Magic of a record.
 const RECORD_MAGIC: u32 = 0x4345_524a;
 /// Bytes of a record before its header.
@@ -40,6 +40,9 @@ pub(crate) struct SegmentHeader {
     pub synced_through: u64,
     /// Bytes of the whole file.
     pub segment_bytes: u64,
+    /// Damage to records below this sequence was found and reported before this segment was begun,
+    /// and its states tell what is left.
+    pub damage_known_below: u64,
 }
 
 /// Why bytes are no segment header.
@@ -60,6 +63,7 @@ impl SegmentHeader {
         bytes.put_u64_le(self.first_sequence);
         bytes.put_u64_le(self.synced_through);
         bytes.put_u64_le(self.segment_bytes);
+        bytes.put_u64_le(self.damage_known_below);
         let crc = crc32fast::hash(&bytes);
         bytes[12..16].copy_from_slice(&crc.to_le_bytes());
         bytes.resize(SEGMENT_HEADER_BYTES as usize, 0);
@@ -88,6 +92,7 @@ impl SegmentHeader {
             first_sequence: u64_at(head, 24),
             synced_through: u64_at(head, 32),
             segment_bytes: u64_at(head, 40),
+            damage_known_below: u64_at(head, 48),
         })
     }
 }

@@ -5,7 +5,7 @@ use crate::error::JournalError;
 use crate::format::SegmentHeader;
 use crate::reader::Parts;
 use crate::record::{DatabaseState, Record};
-use crate::recovery::{Recovered, SEGMENT_BYTES_MAX, recover};
+use crate::recovery::{Recovered, Rules, SEGMENT_BYTES_MAX, recover};
 use crate::segments::{Preparer, Segment, begin_segment, lock, write_spare};
 use crate::table::Table;
 use crate::writer::Writer;
@@ -36,6 +36,10 @@ pub struct JournalOptions {
     pub segment_bytes: u64,
     /// Bytes that all segments may take. Promises and truncations may take one segment more.
     pub limit_bytes: u64,
+    /// Whether a damaged journal is opened with what is left of it: [`Journal::damages`] tells, and
+    /// the databases that may have lost something are [`DatabaseState::mending`]. Otherwise opening
+    /// fails, and nothing is touched.
+    pub mend: bool,
 }
 
 impl JournalOptions {
@@ -46,6 +50,7 @@ impl JournalOptions {
             sync,
             segment_bytes: 64 << 20,
             limit_bytes: 4 << 30,
+            mend: false,
         }
     }
 
@@ -91,6 +96,17 @@ pub struct Usage {
     pub entry_count: usize,
     /// What keeps the oldest segment from being deleted: the database, and its first held entry.
     pub oldest_needed: Option<(DatabaseId, Lsn)>,
+}
+
+/// An entry that is held but cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DamagedEntry {
+    /// The log.
+    pub database: DatabaseId,
+    /// The entry.
+    pub lsn: Lsn,
+    /// What was found, and where.
+    pub error: JournalError,
 }
 
 /// The index, as of the last completed append.
@@ -153,6 +169,10 @@ pub(crate) struct Shared {
     pub wake: Condvar,
     pub preparer: Preparer,
     pub trouble: Mutex<Trouble>,
+    /// What recovery found.
+    pub damages: Vec<JournalError>,
+    /// What readers met since; the first of each database.
+    pub unreadable: Mutex<BTreeMap<DatabaseId, DamagedEntry>>,
 }
 
 impl Shared {
@@ -390,6 +410,18 @@ impl Journal {
         }
     }
 
+    /// Damage that was found when the journal was opened, and not before.
+    pub fn damages(&self) -> &[JournalError] {
+        &self.shared.damages
+    }
+
+    /// Entries that readers could not read since this was last asked: the first of each database.
+    /// The caller appends [`Record::Damaged`].
+    pub fn take_unreadable(&self) -> Vec<DamagedEntry> {
+        let found = std::mem::take(&mut *lock(&self.shared.unreadable));
+        found.into_values().collect()
+    }
+
     /// Why the journal does not take all it is given, if so: one line.
     pub fn trouble(&self) -> Option<String> {
         let trouble = lock(&self.shared.trouble);
@@ -435,7 +467,14 @@ fn open_shared(
     preparer: Preparer,
 ) -> Result<(Arc<Shared>, Writer), JournalError> {
     options.check()?;
-    let recovered = recover(disk.as_ref())?;
+    let rules = Rules {
+        mend: options.mend,
+        keeps_promises: options.sync,
+    };
+    let mut recovered = recover(disk.as_ref(), rules)?;
+    for damage in &recovered.damages {
+        tracing::error!(%damage, "going on with what is left");
+    }
     let shared = Arc::new(Shared {
         disk,
         sync: options.sync,
@@ -446,6 +485,8 @@ fn open_shared(
         wake: Condvar::new(),
         preparer,
         trouble: Mutex::default(),
+        damages: std::mem::take(&mut recovered.damages),
+        unreadable: Mutex::default(),
     });
     let writer = start_writer(&shared, recovered)?;
     Ok((shared, writer))
@@ -459,6 +500,7 @@ fn start_writer(shared: &Arc<Shared>, found: Recovered) -> Result<Writer, Journa
         mut offset,
         next_sequence,
         announced,
+        ..
     } = found;
     let mut synced_through = announced.min(next_sequence - 1);
     if shared.sync {
@@ -478,6 +520,7 @@ fn start_writer(shared: &Arc<Shared>, found: Recovered) -> Result<Writer, Journa
             first_sequence: next_sequence,
             synced_through,
             segment_bytes: shared.segment_bytes,
+            damage_known_below: 0,
         };
         let file = write_spare(disk, shared.segment_bytes, shared.sync, || true)?
             .ok_or(JournalError::Closed)?;

@@ -11,6 +11,7 @@ pub mod disk;
 mod error;
 mod format;
 mod journal;
+mod promises;
 mod reader;
 mod record;
 mod recovery;
@@ -21,6 +22,6 @@ mod tests;
 mod writer;
 
 pub use error::JournalError;
-pub use journal::{Completion, Journal, JournalDriver, JournalOptions, Usage};
+pub use journal::{Completion, DamagedEntry, Journal, JournalDriver, JournalOptions, Usage};
 pub use reader::Parts;
 pub use record::{DatabaseState, Record};

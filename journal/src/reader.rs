@@ -2,7 +2,7 @@
 
 use crate::error::JournalError;
 use crate::format::{RECORD_PREFIX_BYTES, RawRecord};
-use crate::journal::Shared;
+use crate::journal::{DamagedEntry, Shared};
 use crate::record::Stored;
 use crate::segments::{Segment, lock};
 use crate::table::Location;
@@ -125,6 +125,18 @@ impl Iterator for Parts {
             return None;
         }
         let next = self.read_next();
+        if let Err(error @ (JournalError::Damaged { .. } | JournalError::Io { .. })) = &next {
+            let damaged = DamagedEntry {
+                database: self.database,
+                lsn: self.lsn,
+                error: error.clone(),
+            };
+            let mut unreadable = lock(&self.shared.unreadable);
+            let first = unreadable.entry(self.database).or_insert(damaged.clone());
+            if damaged.lsn < first.lsn {
+                *first = damaged;
+            }
+        }
         self.failed = next.is_err();
         Some(next)
     }

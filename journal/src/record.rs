@@ -52,6 +52,20 @@ pub enum Record {
     /// append one for a database that this journal does not know, with no entries held and all
     /// committed.
     State(DatabaseState),
+    /// An entry that is held cannot be read any more: it and all after it leave the index, and the
+    /// database is marked ([`DatabaseState::mending`]). In an append it must come before the
+    /// database's parts.
+    Damaged {
+        /// The log.
+        database: DatabaseId,
+        /// The entry that cannot be read.
+        first_lsn: Lsn,
+    },
+    /// The database holds again at least what it held before it was damaged.
+    Mended {
+        /// The log.
+        database: DatabaseId,
+    },
 }
 
 impl Record {
@@ -62,7 +76,9 @@ impl Record {
             Self::Promise { database, .. }
             | Self::Truncate { database, .. }
             | Self::Restart { database, .. }
-            | Self::Progress { database, .. } => *database,
+            | Self::Progress { database, .. }
+            | Self::Damaged { database, .. }
+            | Self::Mended { database } => *database,
             Self::State(state) => state.database,
         }
     }
@@ -93,6 +109,9 @@ pub struct DatabaseState {
     pub history: Vec<EpochRun>,
     /// The last transaction at or below `last`, if it is known.
     pub last_transaction: Option<TransactionSummary>,
+    /// Damage took records of this database, or may have: it may have held, and acknowledged, more
+    /// than this says. `promised` is true in any case.
+    pub mending: bool,
 }
 
 impl DatabaseState {
@@ -110,6 +129,7 @@ impl DatabaseState {
             archive_lsn: Lsn::ZERO,
             history: Vec::new(),
             last_transaction: None,
+            mending: false,
         }
     }
 }
@@ -153,6 +173,13 @@ pub(crate) enum Stored {
         database: DatabaseId,
         through: Lsn,
     },
+    Damaged {
+        database: DatabaseId,
+        first_lsn: Lsn,
+    },
+    Mended {
+        database: DatabaseId,
+    },
 }
 
 impl Stored {
@@ -164,7 +191,9 @@ impl Stored {
             | Self::Truncate { database, .. }
             | Self::Restart { database, .. }
             | Self::Progress { database, .. }
-            | Self::Dropped { database, .. } => Some(*database),
+            | Self::Dropped { database, .. }
+            | Self::Damaged { database, .. }
+            | Self::Mended { database } => Some(*database),
             Self::State { state, .. } => Some(state.database),
         }
     }

@@ -2,9 +2,12 @@
 //!
 //! Records are read in order of their sequence until the first that is missing or bad. What comes
 //! after it decides: if any good record or segment header there says that the bad one was durable
-//! (`synced_through`), the journal is damaged and nothing is touched. Otherwise the bad one belongs
-//! to a batch that was never synced, of which a disk may keep any part: it is cut off, and zeros
-//! take its place before anything new is written.
+//! (`synced_through`), the journal is damaged: opening fails, or, where the caller wants to mend,
+//! goes on behind the hole with what is left (`recovery/scan.rs`). Otherwise the bad one belongs to
+//! a batch that was never synced, of which a disk may keep any part: it is cut off, and zeros take
+//! its place before anything new is written.
+
+mod scan;
 
 use crate::disk::{Disk, DiskFile};
 use crate::error::JournalError;
@@ -12,10 +15,10 @@ use crate::format::{
     ALIGNMENT, FORMAT_VERSION, HeaderError, RawRecord, SEGMENT_HEADER_BYTES, SegmentHeader,
     parse_segment_name,
 };
-use crate::record::Stored;
 use crate::segments::{SPARE_NAME, Segment};
-use crate::table::{Head, Location, Table};
+use crate::table::Table;
 use durovfs_wire::ids::DatabaseId;
+use scan::{Holes, Scan};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -34,10 +37,21 @@ pub(crate) struct Recovered {
     pub next_sequence: u64,
     /// Highest sequence that a record or header says to be durable.
     pub announced: u64,
+    /// Damage that no segment says to be known.
+    pub damages: Vec<JournalError>,
+}
+
+/// What recovery may do.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rules {
+    /// Go on behind damage, with what is left.
+    pub mend: bool,
+    /// Promises are kept a second time, and must be known.
+    pub keeps_promises: bool,
 }
 
 /// Reads the journal; cuts a torn end.
-pub(crate) fn recover(disk: &dyn Disk) -> Result<Recovered, JournalError> {
+pub(crate) fn recover(disk: &dyn Disk, rules: Rules) -> Result<Recovered, JournalError> {
     let names = disk
         .list()
         .map_err(|e| JournalError::io("list journal directory", &e))?;
@@ -47,43 +61,187 @@ pub(crate) fn recover(disk: &dyn Disk) -> Result<Recovered, JournalError> {
     }
     let mut sequences: Vec<u64> = names.iter().filter_map(|n| parse_segment_name(n)).collect();
     sequences.sort_unstable();
-    let segments: Vec<Arc<Segment>> = sequences
-        .iter()
-        .map(|s| open_segment(disk, *s))
-        .collect::<Result<_, _>>()?;
+    let files = Files::open(disk, &sequences, rules)?;
     let mut scan = Scan {
         tables: BTreeMap::new(),
         sequence: sequences.first().copied().unwrap_or(1),
         announced: 0,
+        holes: Holes {
+            mend: rules.mend,
+            known_below: files.damage_known_below(),
+            found: Vec::new(),
+            any: !files.unreadable.is_empty(),
+            open: !files.unreadable.is_empty(),
+            doubts: BTreeMap::new(),
+        },
     };
+    files.remove_known(disk, &mut scan.holes)?;
+    let segments = &files.segments;
     let mut end = SEGMENT_HEADER_BYTES;
     let mut kept = 0;
     for (index, segment) in segments.iter().enumerate() {
-        let next_first = segments
-            .get(index + 1)
-            .map(|next| next.header.first_sequence);
+        let next_first = segments.get(index + 1).map(|s| s.header.first_sequence);
+        if segment.header.first_sequence > scan.sequence {
+            // Of a segment before the first that can be read.
+            scan.pass_hole(segment.header.first_sequence);
+        }
         let bytes = read_segment(segment)?;
-        end = scan.segment(segment, &bytes, next_first, index == 0)?;
+        end = scan.segment(
+            segment,
+            &bytes,
+            SEGMENT_HEADER_BYTES,
+            next_first,
+            index == 0,
+        )?;
         kept = index + 1;
+        while next_first != Some(scan.sequence) {
+            let later = &segments[kept..];
+            let Some(damage) = files.damage_at(&scan, &bytes, end, segment, later)? else {
+                break;
+            };
+            scan.holes.note(scan.sequence, damage)?;
+            let Some((offset, sequence)) =
+                resume_at(&bytes, end, segment, scan.sequence, next_first)
+            else {
+                scan.pass_hole(next_first.unwrap_or(scan.sequence));
+                break;
+            };
+            scan.pass_hole(sequence);
+            end = scan.segment(segment, &bytes, offset, next_first, index == 0)?;
+        }
         if next_first != Some(scan.sequence) {
-            check_end(&scan, &bytes, end, segment, &segments[kept..])?;
             cut(disk, &bytes, end, segment, &segments[kept..])?;
             break;
         }
     }
-    check_held(&scan.tables, segments.first())?;
-    let segments = segments
-        .into_iter()
-        .take(kept)
-        .map(|s| (s.header.first_sequence, s))
-        .collect();
+    if let Some(last) = files.unreadable.keys().next_back().copied()
+        && last >= scan.sequence
+    {
+        // How many records it had is not known: fewer than this.
+        scan.pass_hole(last + SEGMENT_BYTES_MAX / ALIGNMENT);
+    }
+    scan.settle(disk, rules, segments.first())?;
+    let segments = files.segments.iter().take(kept);
     Ok(Recovered {
         tables: scan.tables,
-        segments,
+        segments: segments
+            .map(|s| (s.header.first_sequence, s.clone()))
+            .collect(),
         offset: end,
         next_sequence: scan.sequence,
         announced: scan.announced,
+        damages: scan.holes.found,
     })
+}
+
+/// The segment files of a journal.
+struct Files {
+    segments: Vec<Arc<Segment>>,
+    /// Segments whose header is damaged, by the first sequence that their name says.
+    unreadable: BTreeMap<u64, JournalError>,
+}
+
+impl Files {
+    fn open(disk: &dyn Disk, sequences: &[u64], rules: Rules) -> Result<Self, JournalError> {
+        let mut files = Self {
+            segments: Vec::new(),
+            unreadable: BTreeMap::new(),
+        };
+        for first_sequence in sequences {
+            match open_segment(disk, *first_sequence) {
+                Ok(segment) => files.segments.push(segment),
+                Err(damage @ JournalError::Damaged { .. }) => {
+                    files.unreadable.insert(*first_sequence, damage);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let known_below = files.damage_known_below();
+        let mut unreadable = files.unreadable.iter();
+        match unreadable.find(|(first_sequence, _)| **first_sequence >= known_below) {
+            Some((_, damage)) if !rules.mend => Err(damage.clone()),
+            _ => Ok(files),
+        }
+    }
+
+    fn damage_known_below(&self) -> u64 {
+        let known = self.segments.iter().map(|s| s.header.damage_known_below);
+        known.max().unwrap_or(0)
+    }
+
+    /// Unreadable segments of which it was reported before: nothing is left to be had from them.
+    fn remove_known(&self, disk: &dyn Disk, holes: &mut Holes) -> Result<(), JournalError> {
+        for (first_sequence, damage) in &self.unreadable {
+            if *first_sequence >= holes.known_below {
+                holes.found.push(damage.clone());
+                continue;
+            }
+            let name = crate::format::segment_name(*first_sequence);
+            disk.remove(&name)
+                .map_err(|e| JournalError::io(format!("remove {name}"), &e))?;
+        }
+        Ok(())
+    }
+
+    /// What is wrong with the record at which reading stopped, if something says that it was
+    /// durable or that the damage is known; else it was never synced.
+    fn damage_at(
+        &self,
+        scan: &Scan,
+        bytes: &[u8],
+        end: u64,
+        segment: &Segment,
+        later: &[Arc<Segment>],
+    ) -> Result<Option<JournalError>, JournalError> {
+        let mut synced_through = synced_through_after(bytes, end, segment, scan.sequence);
+        for segment in later {
+            let bytes = read_segment(segment)?;
+            let records =
+                synced_through_after(&bytes, SEGMENT_HEADER_BYTES, segment, scan.sequence);
+            let header = segment.header;
+            let known = header.damage_known_below.saturating_sub(1);
+            synced_through = synced_through
+                .max(records)
+                .max(header.synced_through)
+                .max(known);
+        }
+        if let Some(unreadable) = self.unreadable.keys().next_back() {
+            // A segment is begun when all before it is durable, and it was begun itself.
+            synced_through = synced_through.max(*unreadable);
+        }
+        Ok((synced_through >= scan.sequence).then(|| {
+            JournalError::damaged(
+                &segment.name,
+                end,
+                format!(
+                    "record {} is missing or bad, but what follows says that all through record \
+                     {synced_through} was on disk",
+                    scan.sequence
+                ),
+            )
+        }))
+    }
+}
+
+/// The next good record of this segment behind a bad one: its offset and sequence.
+fn resume_at(
+    bytes: &[u8],
+    end: u64,
+    segment: &Segment,
+    bad: u64,
+    next_first: Option<u64>,
+) -> Option<(u64, u64)> {
+    let mut offset = end.next_multiple_of(ALIGNMENT);
+    while offset < bytes.len() as u64 {
+        if let Some(raw) = RawRecord::parse(&bytes[offset as usize..], segment.header.salt)
+            && raw.sequence > bad
+            && next_first.is_none_or(|next| raw.sequence < next)
+        {
+            return Some((offset, raw.sequence));
+        }
+        offset += ALIGNMENT;
+    }
+    None
 }
 
 fn open_segment(disk: &dyn Disk, first_sequence: u64) -> Result<Arc<Segment>, JournalError> {
@@ -128,135 +286,6 @@ fn read_segment(segment: &Segment) -> Result<Vec<u8>, JournalError> {
         .read_at(&mut bytes, 0)
         .map_err(|e| failed(&e))?;
     Ok(bytes)
-}
-
-/// Where reading has come.
-struct Scan {
-    tables: BTreeMap<DatabaseId, Table>,
-    /// Of the next record.
-    sequence: u64,
-    announced: u64,
-}
-
-impl Scan {
-    /// Reads the records of a segment as far as they follow; says where that is. What the next
-    /// segment begins with was never acknowledged here: an earlier attempt to write it failed.
-    fn segment(
-        &mut self,
-        segment: &Segment,
-        bytes: &[u8],
-        next_first: Option<u64>,
-        oldest: bool,
-    ) -> Result<u64, JournalError> {
-        self.announced = self.announced.max(segment.header.synced_through);
-        let mut offset = SEGMENT_HEADER_BYTES;
-        while next_first != Some(self.sequence)
-            && let Some(raw) = RawRecord::parse(&bytes[offset as usize..], segment.header.salt)
-            && raw.sequence == self.sequence
-        {
-            let stored = raw.stored().ok_or_else(|| {
-                JournalError::damaged(&segment.name, offset, "record of an unknown kind")
-            })?;
-            let location = Location {
-                segment: segment.header.first_sequence,
-                offset,
-                bytes: raw.bytes as u32,
-            };
-            self.take(&stored, location, oldest)
-                .map_err(|detail| JournalError::damaged(&segment.name, offset, detail))?;
-            self.announced = self.announced.max(raw.synced_through);
-            self.sequence += 1;
-            offset += raw.bytes;
-            if offset as usize > bytes.len() {
-                // The padding of the last record is missing in a file that was cut.
-                offset = bytes.len() as u64;
-            }
-        }
-        Ok(offset)
-    }
-
-    fn take(&mut self, stored: &Stored, location: Location, oldest: bool) -> Result<(), String> {
-        let Some(database) = stored.database() else {
-            return Ok(());
-        };
-        if let Stored::State { state, pending } = stored {
-            return self.take_state(state, *pending, stored, oldest);
-        }
-        let known = self.tables.get(&database);
-        known
-            .map_or_else(Head::unknown, Table::head)
-            .admit(stored, known)?;
-        self.tables
-            .entry(database)
-            .or_insert_with(|| Table::new(database))
-            .apply(stored, location);
-        Ok(())
-    }
-
-    /// A restated state introduces what the deleted segments held, or must agree with what was
-    /// read so far.
-    fn take_state(
-        &mut self,
-        state: &crate::record::DatabaseState,
-        pending: Option<(durovfs_wire::LogPosition, u32)>,
-        stored: &Stored,
-        oldest: bool,
-    ) -> Result<(), String> {
-        let Some(table) = self.tables.get_mut(&state.database) else {
-            if !oldest && state.commit_lsn != state.last.lsn {
-                return Err("state of a database that was never mentioned before".to_owned());
-            }
-            let table = Table::from_state(state.clone(), pending);
-            self.tables.insert(state.database, table);
-            return Ok(());
-        };
-        let Stored::State {
-            state: mut ours,
-            pending: ours_pending,
-        } = table.restated()
-        else {
-            return Ok(());
-        };
-        // What was dropped when the state was restated may have been read again here.
-        ours.first_lsn = state.first_lsn;
-        table.drop_through(state.first_lsn.previous().unwrap_or_default());
-        if &ours != state || ours_pending != pending {
-            return Err(format!(
-                "restated state differs: stored {stored:?}, read {ours:?}"
-            ));
-        }
-        Ok(())
-    }
-}
-
-/// Damage, if anything after the end says that the record there was durable.
-fn check_end(
-    scan: &Scan,
-    bytes: &[u8],
-    end: u64,
-    segment: &Segment,
-    later: &[Arc<Segment>],
-) -> Result<(), JournalError> {
-    let mut synced_through = synced_through_after(bytes, end, segment, scan.sequence);
-    for segment in later {
-        let bytes = read_segment(segment)?;
-        let records = synced_through_after(&bytes, SEGMENT_HEADER_BYTES, segment, scan.sequence);
-        synced_through = synced_through
-            .max(records)
-            .max(segment.header.synced_through);
-    }
-    if synced_through >= scan.sequence {
-        return Err(JournalError::damaged(
-            &segment.name,
-            end,
-            format!(
-                "record {} is missing or bad, but what follows says that all through record \
-                 {synced_through} was on disk",
-                scan.sequence
-            ),
-        ));
-    }
-    Ok(())
 }
 
 /// The highest `synced_through` of good records from `start` on whose sequence is at least `from`.
@@ -332,28 +361,4 @@ fn zero_tail(
         offset += step;
     }
     file.sync_data()
-}
-
-/// Entries that are not there must have been dropped, and only committed ones are.
-fn check_held(
-    tables: &BTreeMap<DatabaseId, Table>,
-    oldest: Option<&Arc<Segment>>,
-) -> Result<(), JournalError> {
-    for table in tables.values() {
-        let state = table.state();
-        let missing = state.first_lsn.previous().unwrap_or_default();
-        if missing > state.commit_lsn {
-            let name = oldest.map_or("", |segment| segment.name.as_str());
-            return Err(JournalError::damaged(
-                name,
-                0,
-                format!(
-                    "entries of database {} through lsn {missing} are missing, but only those \
-                     through {} are committed",
-                    state.database, state.commit_lsn
-                ),
-            ));
-        }
-    }
-    Ok(())
 }

@@ -2,7 +2,9 @@
 //!
 //! [`Head`] decides what may be appended next; recovery uses the same rules as the writer, so that
 //! a journal is never read in another way than it was written. [`Table`] is the index. Its size is
-//! bounded by [`ENTRIES_MAX`]. No I/O here.
+//! bounded by [`ENTRIES_MAX`]. `table/mending.rs` has what damage does to it. No I/O here.
+
+mod mending;
 
 use crate::record::{DatabaseState, Stored};
 use durovfs_wire::entry::{CommitHeader, PartHeader, PartKind, TransactionSummary};
@@ -130,6 +132,8 @@ impl Head {
                 self.commit_lsn = self.commit_lsn.max((*commit_lsn).min(self.last.lsn));
             }
             Stored::State { state, .. } => self.admit_state(state)?,
+            Stored::Damaged { first_lsn, .. } => self.admit_damage(*first_lsn, table)?,
+            Stored::Mended { .. } => {}
             Stored::Dropped { through, .. } => {
                 if *through > self.commit_lsn {
                     let commit_lsn = self.commit_lsn;
@@ -144,6 +148,7 @@ impl Head {
                 | Stored::Truncate { .. }
                 | Stored::Restart { .. }
                 | Stored::State { .. }
+                | Stored::Damaged { .. }
         );
         Ok(())
     }
@@ -234,6 +239,20 @@ impl Head {
         }
         self.last = at;
         self.pending = None;
+        Ok(())
+    }
+
+    /// The only record that takes back what is committed: it says that the disk did.
+    fn admit_damage(&mut self, first_lsn: Lsn, table: Option<&Table>) -> Result<(), String> {
+        let held = table.filter(|table| table.entry(first_lsn).is_some());
+        let Some(table) = held.filter(|_| !self.touched) else {
+            return Err(format!(
+                "lsn {first_lsn} is not held, and cannot be damaged"
+            ));
+        };
+        let mut left = table.clone();
+        left.lose_from(first_lsn);
+        *self = left.head();
         Ok(())
     }
 
@@ -391,6 +410,8 @@ impl Table {
             }
             Stored::Dropped { through, .. } => self.drop_through(*through),
             Stored::State { state, pending } => *self = Self::from_state(state.clone(), *pending),
+            Stored::Damaged { first_lsn, .. } => self.lose_from(*first_lsn),
+            Stored::Mended { .. } => self.state.mending = false,
         }
         debug_assert_eq!(
             self.state.first_lsn.get() + self.entries.len() as u64,

@@ -4,5 +4,6 @@ mod support;
 
 mod basics;
 mod limits;
+mod mending;
 mod model;
 mod recovery;

@@ -10,6 +10,7 @@ use crate::block::{Blocks, cuts};
 use crate::error::JournalError;
 use crate::format::{SEGMENT_HEADER_BYTES, SegmentHeader, encode_record, record_bytes};
 use crate::journal::{Append, Completion, Item, Shared, Tables};
+use crate::promises::{self, KeptPromise};
 use crate::record::{Record, Stored};
 use crate::segments::{Segment, begin_segment, capacity, lock};
 use crate::table::{ENTRIES_MAX, Head, Location, Table};
@@ -76,6 +77,8 @@ pub(crate) struct Writer {
     needs_segment: bool,
     /// The segment began, and its states are not written yet.
     needs_states: bool,
+    /// The next segment says that damage before it is known.
+    notes_damage: bool,
     blocked: Blocks,
     waiting: VecDeque<Item>,
 }
@@ -91,6 +94,7 @@ impl Writer {
     ) -> Self {
         // A crash may have come between a segment's beginning and its states.
         let needs_states = offset == SEGMENT_HEADER_BYTES;
+        let damaged = !shared.damages.is_empty();
         Self {
             shared,
             active,
@@ -99,8 +103,10 @@ impl Writer {
             synced_through,
             announced: 0,
             unsynced,
-            needs_segment: false,
+            // What is left after damage is restated before anything is built on it.
+            needs_segment: damaged,
             needs_states,
+            notes_damage: damaged,
             blocked: Blocks::default(),
             waiting: VecDeque::new(),
         }
@@ -409,11 +415,17 @@ impl Writer {
             first_sequence: self.next_sequence,
             synced_through: self.synced_through,
             segment_bytes: self.shared.segment_bytes,
+            damage_known_below: if self.notes_damage {
+                self.next_sequence
+            } else {
+                0
+            },
         };
         // Until it succeeds, a new name that may be there voids what follows in the old segment.
         self.needs_segment = true;
         let segment = Arc::new(begin_segment(self.shared.disk.as_ref(), file, header)?);
         self.needs_segment = false;
+        self.notes_damage = false;
         self.needs_states = true;
         self.offset = SEGMENT_HEADER_BYTES;
         self.active = segment.clone();
@@ -465,12 +477,19 @@ impl Writer {
     /// Writes the batch, changes the index, and tells. The new batch is empty.
     fn flush(&mut self, batch: Batch) -> Batch {
         if batch.record_count > 0
-            && let Err(error) = self.write(&batch.bytes, batch.record_count)
+            && let Err(error) = self
+                .keep_promises(&batch.operations)
+                .and_then(|()| self.write(&batch.bytes, batch.record_count))
         {
             self.fail(batch, &error);
             return Batch::default();
         }
         if batch.record_count > 0 {
+            let damaged = |(stored, _): &(Stored, _)| matches!(stored, Stored::Damaged { .. });
+            if batch.operations.iter().any(damaged) {
+                // A recovery meets the same damage: the next segment tells what was left.
+                (self.needs_segment, self.notes_damage) = (true, true);
+            }
             self.apply(batch.operations);
             lock(&self.shared.trouble).io = None;
         }
@@ -484,6 +503,23 @@ impl Writer {
             bytes,
             ..Batch::default()
         }
+    }
+
+    /// Writes the promises of a batch a second time, before it.
+    fn keep_promises(&self, operations: &[(Stored, Location)]) -> Result<(), JournalError> {
+        let new: Vec<KeptPromise> = operations
+            .iter()
+            .filter_map(|(stored, _)| KeptPromise::of_record(stored))
+            .collect();
+        if !self.shared.sync || new.is_empty() {
+            return Ok(());
+        }
+        let tables = lock(&self.shared.tables);
+        let old = tables.databases.values().filter_map(Table::kept_promise);
+        let kept: BTreeMap<DatabaseId, KeptPromise> =
+            old.chain(new).map(|kept| (kept.database, kept)).collect();
+        drop(tables);
+        promises::write(self.shared.disk.as_ref(), kept.into_values())
     }
 
     fn write(&mut self, bytes: &[u8], record_count: u64) -> Result<(), JournalError> {
@@ -740,6 +776,14 @@ fn to_stored(record: &Record, table: Option<&Table>) -> (Stored, Bytes) {
             state,
             pending: None,
         },
+        Record::Damaged {
+            database,
+            first_lsn,
+        } => Stored::Damaged {
+            database,
+            first_lsn,
+        },
+        Record::Mended { database } => Stored::Mended { database },
     };
     (stored, Bytes::new())
 }

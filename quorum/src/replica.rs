@@ -32,6 +32,8 @@ pub struct ReplicaState {
     pub archive_lsn: Lsn,
     /// Runs, from the one that holds `archive_lsn` on, at least.
     pub history: Vec<EpochRun>,
+    /// Damage took, or may have taken, entries that were acked: see [`Replica::is_mending`].
+    pub mending: bool,
 }
 
 /// What is to be done with a part.
@@ -68,6 +70,9 @@ pub enum ReplicaEffect {
         /// The database's name.
         name: String,
     },
+    /// Note in the journal that the log is whole again. Until it is on disk a restart begins to mend
+    /// anew, which does no harm.
+    PersistMended,
     /// Send a message.
     Send {
         /// To this node.
@@ -113,6 +118,7 @@ pub struct Replica {
     archive_lsn_heard: Lsn,
     open: Option<OpenEntry>,
     ack_due: bool,
+    mending: Mending,
     trouble: Option<String>,
     effects: VecDeque<ReplicaEffect>,
 }
@@ -125,6 +131,17 @@ struct PendingPromise {
     claimant: ClaimantId,
     generation: u32,
     previous: Epoch,
+}
+
+/// Whether the log may lack entries that were acked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mending {
+    /// It lacks none.
+    Whole,
+    /// It may. A primary of the promised epoch has not said yet how far it must reach.
+    Damaged,
+    /// It does not any more when the log matches that of the promised epoch's primary up to here.
+    Through(Lsn),
 }
 
 /// An entry of which parts are still to come.
@@ -192,6 +209,11 @@ impl Replica {
             archive_lsn_heard: persisted.archive_lsn.max(gone_lsn),
             open: None,
             ack_due: false,
+            mending: if persisted.mending {
+                Mending::Damaged
+            } else {
+                Mending::Whole
+            },
             trouble: None,
             effects: VecDeque::new(),
         }
@@ -221,6 +243,7 @@ impl Replica {
         }
         if self.pending.is_none() && claim.epoch == self.promised {
             self.primary = Some(from.clone());
+            self.mend_anew();
             self.send_promise();
             return;
         }
@@ -294,6 +317,7 @@ impl Replica {
         self.matched_lsn = self.commit_lsn;
         self.open = None;
         self.ack_due = false;
+        self.mend_anew();
         // Only now: the answer must not be seen before the promise is on disk.
         self.send_promise();
     }
@@ -344,11 +368,50 @@ impl Replica {
             // The driver fills it in: this machine keeps no transactions.
             last_transaction: None,
             history: history.runs().to_vec(),
+            mending: self.is_mending(),
         };
         self.effects.push_back(ReplicaEffect::Send {
             node,
             message: ReplicaMessage::Promised(promise),
         });
+    }
+
+    /// The primary says how far a log that is mending must reach.
+    ///
+    /// Ignored unless it answers the promise that was given last, since this replica started: then
+    /// the primary had forgotten all acks of entries that are lost, and counts none from before.
+    pub fn handle_mend(&mut self, epoch: Epoch, lsn: Lsn) {
+        let answers = self.pending.is_none() && epoch == self.promised && self.primary.is_some();
+        if answers && self.is_mending() {
+            self.mending = Mending::Through(lsn);
+            self.consider_whole();
+        }
+    }
+
+    /// What an earlier promise was answered with does not count for the next.
+    fn mend_anew(&mut self) {
+        if self.is_mending() {
+            self.mending = Mending::Damaged;
+        }
+    }
+
+    /// All that this replica ever acked, in this epoch or an older one, and that may be committed,
+    /// is in the primary's log up to the entry that it named.
+    fn consider_whole(&mut self) {
+        if let Mending::Through(lsn) = self.mending
+            && self.trouble.is_none()
+            && self.flush_lsn.min(self.matched_lsn) >= lsn
+        {
+            self.mending = Mending::Whole;
+            self.effects.push_back(ReplicaEffect::PersistMended);
+        }
+    }
+
+    /// Whether entries that were acked may be missing, after damage. Such a replica keeps its
+    /// promises, takes entries and acks what it has; but its promise is no vote on where the log
+    /// ends, until a primary has fed it up to where it must have been.
+    pub fn is_mending(&self) -> bool {
+        self.mending != Mending::Whole
     }
 
     fn flushed_position(&self) -> LogPosition {
@@ -401,6 +464,7 @@ impl Replica {
             self.promised
         );
         self.history.forget_below(self.archive_lsn());
+        self.consider_whole();
     }
 
     /// Whether entries may be read for a primary that recovers or catches up.

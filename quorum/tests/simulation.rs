@@ -61,6 +61,8 @@ fn no_schedule_loses_a_commit_or_revives_a_buried_one() {
         sum.own_restarts += tally.own_restarts;
         sum.crashes += tally.crashes;
         sum.trouble += tally.trouble;
+        sum.damaged += tally.damaged;
+        sum.mended += tally.mended;
     }
     eprintln!("{sum:?}");
     if seeds().count() > 1 {
@@ -81,6 +83,8 @@ fn no_schedule_loses_a_commit_or_revives_a_buried_one() {
             ("primaries that went on from the archive", sum.own_restarts),
             ("crashes", sum.crashes),
             ("disks in trouble", sum.trouble),
+            ("damaged logs", sum.damaged),
+            ("mended logs", sum.mended),
         ] {
             assert!(count >= 20, "only {count} {what} in all seeds: {sum:?}");
         }
@@ -132,4 +136,14 @@ fn a_burial_without_its_condition_is_caught() {
 #[test]
 fn an_ack_before_the_sync_is_caught() {
     assert_caught(Fault::AckBeforeSync, 50);
+}
+
+#[test]
+fn a_damaged_replica_that_votes_is_caught() {
+    assert_caught(Fault::DamagedVotes, 100);
+}
+
+#[test]
+fn a_damaged_replica_that_votes_too_early_is_caught() {
+    assert_caught(Fault::WholeTooEarly, 600);
 }

@@ -39,6 +39,10 @@ enum Written {
     Progress {
         drop_through: Lsn,
     },
+    /// What damage took, so that nothing builds on it.
+    Damaged,
+    /// That the log is whole again.
+    Mended,
 }
 
 /// Takes notices, in the order in which the journal gives them. Runs on the journal's thread: it
@@ -99,6 +103,8 @@ pub struct ReplicaLog {
     notices: NoticeSink,
     /// What the journal was last told may go.
     noted_archive_lsn: Lsn,
+    /// An entry that cannot be read, until the journal has noted it.
+    damage: Option<JournalError>,
 }
 
 impl ReplicaLog {
@@ -114,6 +120,7 @@ impl ReplicaLog {
             journal,
             notices,
             noted_archive_lsn: state.archive_lsn,
+            damage: None,
         }
     }
 
@@ -126,6 +133,7 @@ impl ReplicaLog {
             journal,
             notices,
             noted_archive_lsn: Lsn::ZERO,
+            damage: None,
         }
     }
 
@@ -199,6 +207,26 @@ impl ReplicaLog {
         self.note_archived();
     }
 
+    /// The primary told how far a log that is mending must reach.
+    pub fn handle_mend(&mut self, epoch: Epoch, lsn: Lsn) {
+        self.machine.handle_mend(epoch, lsn);
+    }
+
+    /// An entry cannot be read any more: nothing is promised or acked until the journal has noted
+    /// it, and then the log begins anew from what is left, without a vote.
+    pub fn handle_damage(&mut self, first_lsn: Lsn, error: JournalError) {
+        if self.damage.is_some() {
+            return; // once more it is found when the rest is read again
+        }
+        self.machine.handle_trouble(error.to_string());
+        self.damage = Some(error);
+        let record = Record::Damaged {
+            database: self.database,
+            first_lsn,
+        };
+        self.write(vec![record], Written::Damaged, ());
+    }
+
     /// The journal has written something, or could not. Gives the error when the machine was made
     /// anew because of it: the primary then asks again what is held.
     pub fn handle_notice(&mut self, notice: Notice) -> Option<JournalError> {
@@ -217,6 +245,11 @@ impl ReplicaLog {
         if notice.machine != self.machine_number {
             return None;
         }
+        if matches!(notice.what, Written::Damaged) {
+            // Also when it could not be noted: the entry may have been cut off in between, or it is
+            // found again.
+            return notice.result.err().or(self.damage.take());
+        }
         match (notice.what, notice.result) {
             (
                 Written::Part {
@@ -234,7 +267,7 @@ impl ReplicaLog {
                 self.machine.handle_trouble(error.to_string());
                 return Some(error);
             }
-            (Written::Progress { .. }, Ok(())) => {}
+            (Written::Progress { .. } | Written::Damaged | Written::Mended, Ok(())) => {}
         }
         None
     }
@@ -246,6 +279,8 @@ impl ReplicaLog {
         let persisted = state.as_ref().map(persisted).unwrap_or_default();
         self.machine = Replica::new(self.database, persisted);
         self.machine_number += 1;
+        self.damage = None;
+        self.noted_archive_lsn = self.machine.archive_lsn().min(self.noted_archive_lsn);
         self.journal.resume(self.database);
     }
 
@@ -268,6 +303,13 @@ impl ReplicaLog {
                         generation,
                     };
                     self.write(vec![record], Written::Promise { token }, ());
+                }
+                ReplicaEffect::PersistMended => {
+                    tracing::info!(database = %self.database, "the damaged log is whole again");
+                    let record = Record::Mended {
+                        database: self.database,
+                    };
+                    self.write(vec![record], Written::Mended, ());
                 }
                 ReplicaEffect::Send { node, mut message } => {
                     if let ReplicaMessage::Promised(promise) = &mut message {
@@ -327,5 +369,6 @@ fn persisted(state: &DatabaseState) -> ReplicaState {
         commit_lsn: state.commit_lsn,
         archive_lsn: state.archive_lsn,
         history: state.history.clone(),
+        mending: state.mending,
     }
 }

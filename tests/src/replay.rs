@@ -78,6 +78,7 @@ pub fn replay(journal_directory: &Path, name: &Path) -> Replayed {
         sync: false,
         segment_bytes: 64 << 20,
         limit_bytes: 16 << 30,
+        mend: false,
     })
     .unwrap_or_else(|error| panic!("open {}: {error}", journal_directory.display()));
     let name = name.to_string_lossy();

@@ -65,6 +65,16 @@ pub enum PrimaryMessage {
         /// Last entry wanted.
         last_lsn: Lsn,
     },
+    /// A replica that is mending votes again when it holds the primary's log up to here: more than
+    /// it can ever have acked. Answers its promise, before any entry is fed.
+    Mend {
+        /// The log.
+        database: DatabaseId,
+        /// The sender's epoch.
+        epoch: Epoch,
+        /// The last entry of the log when the promise came.
+        lsn: Lsn,
+    },
     /// Asks for a sign of life.
     Ping {
         /// Comes back in the answer.
@@ -162,6 +172,9 @@ pub struct Promise {
     pub last_transaction: Option<crate::entry::TransactionSummary>,
     /// The runs of its log, oldest first; from the one that holds `archive_lsn` on, at least.
     pub history: Vec<EpochRun>,
+    /// Damage took, or may have taken, entries that it acked. It serves no older epoch, and is to
+    /// be fed, but its log must not be counted when the end of the log is looked for.
+    pub mending: bool,
 }
 
 /// Why a replica did not take a message.

@@ -112,7 +112,9 @@ impl ModelDatabase {
                 self.commit = self.commit.max(commit_lsn.get().min(self.last().lsn.get()));
                 self.archive = self.archive.max(archive_lsn.get().min(self.commit));
             }
-            Record::State(_) => panic!("not drawn"),
+            Record::State(_) | Record::Damaged { .. } | Record::Mended { .. } => {
+                panic!("not drawn")
+            }
         }
     }
 }
@@ -137,6 +139,7 @@ fn matches_model(journal: &Journal, model: &Model) -> Result<(), String> {
     for (number, state) in known.into_iter().zip(states) {
         let m = &model[&number];
         let expected = DatabaseState {
+            mending: false,
             database: database(number),
             name: if m.promised == 0 {
                 String::new()

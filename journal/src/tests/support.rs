@@ -119,6 +119,7 @@ pub fn options(sync: bool) -> JournalOptions {
         sync,
         segment_bytes: 64 << 10,
         limit_bytes: 64 << 20,
+        mend: false,
     }
 }
 

@@ -327,6 +327,18 @@ impl Primary {
             }
         };
         state.feeding = true;
+        if promise.mending {
+            // It acked nothing beyond this, and of what it acked in older epochs all that is
+            // committed is below the epoch start.
+            let message = PrimaryMessage::Mend {
+                database: self.database,
+                epoch: self.epoch,
+                lsn: self.last.lsn,
+            };
+            let node = node.clone();
+            self.effects
+                .push_back(PrimaryEffect::Send { node, message });
+        }
         self.effects.push_back(PrimaryEffect::Feed {
             node: node.clone(),
             next_lsn: previous.lsn.next(),

@@ -61,6 +61,7 @@ fn promise(primary: &Primary, previous: u32, history: &[(u32, u64)], last: u64) 
         archive_lsn: Lsn::ZERO,
         last_transaction: None,
         history,
+        mending: false,
     }
 }
 

@@ -39,7 +39,9 @@ fn sent(replica: &mut Replica) -> Vec<ReplicaMessage> {
         .into_iter()
         .map(|effect| match effect {
             ReplicaEffect::Send { message, .. } => message,
-            ReplicaEffect::PersistPromise { .. } => panic!("{effect:?}"),
+            ReplicaEffect::PersistPromise { .. } | ReplicaEffect::PersistMended => {
+                panic!("{effect:?}")
+            }
         })
         .collect()
 }
@@ -584,4 +586,54 @@ fn a_promise_tells_only_what_is_synced() {
     assert_eq!(repeated.last, at(1, 2));
     replica.handle_part_persisted(at(1, 3), Epoch::new(1), true);
     assert_eq!(acked(&mut replica), Some((1, 3)));
+}
+
+/// A replica of epoch 1 with entries through lsn 3, as its journal has it after damage.
+fn damaged() -> Replica {
+    let persisted = ReplicaState {
+        promised: Epoch::new(1),
+        claimant: Some(claimant(1)),
+        generation: 1,
+        last: at(1, 3),
+        first_lsn: Lsn::new(1),
+        history: vec![EpochRun {
+            epoch: Epoch::new(1),
+            first_lsn: Lsn::new(1),
+        }],
+        mending: true,
+        ..ReplicaState::default()
+    };
+    Replica::new(database(), persisted)
+}
+
+// If this failed, an entry that only damaged disks and one other had acked could be voted away.
+#[test]
+fn a_damaged_log_votes_again_when_it_reaches_what_the_primary_names() {
+    let mut replica = damaged();
+    replica.handle_mend(Epoch::new(1), Lsn::new(3));
+    assert!(replica.is_mending(), "nobody has asked since the start");
+    assert!(promise(&mut replica, 2).mending);
+    replica.handle_mend(Epoch::new(1), Lsn::new(3));
+    replica.handle_mend(Epoch::new(2), Lsn::new(5));
+    for lsn in 4..=5 {
+        assert!(replica.is_mending(), "before lsn {lsn}");
+        let before = at(if lsn == 4 { 1 } else { 2 }, lsn - 1);
+        assert_eq!(append(&mut replica, (2, 0, 0), before, at(2, lsn)), write());
+        replica.handle_part_persisted(at(2, lsn), Epoch::new(2), true);
+    }
+    assert!(!replica.is_mending());
+    assert!(effects(&mut replica).contains(&ReplicaEffect::PersistMended));
+    assert!(!promise(&mut replica, 3).mending);
+}
+
+// If this failed, what a primary named before it forgot the lost acks would end the mending.
+#[test]
+fn a_new_promise_forgets_how_far_the_last_primary_wanted_it_to_reach() {
+    let mut replica = damaged();
+    promise(&mut replica, 2);
+    replica.handle_mend(Epoch::new(2), Lsn::new(4));
+    assert!(promise(&mut replica, 3).mending);
+    assert_eq!(append(&mut replica, (3, 0, 0), at(1, 3), at(3, 4)), write());
+    replica.handle_part_persisted(at(3, 4), Epoch::new(3), true);
+    assert!(replica.is_mending());
 }

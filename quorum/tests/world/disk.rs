@@ -100,6 +100,7 @@ pub enum Record {
         commit_lsn: Lsn,
         archive_lsn: Lsn,
     },
+    Mended,
 }
 
 /// A replica's disk: what is on it, and what was written but not synced.
@@ -111,6 +112,8 @@ pub struct Disk {
     pub generation: u32,
     pub commit_lsn: Lsn,
     pub archive_lsn: Lsn,
+    /// Entries were lost to damage, or may have been.
+    pub mending: bool,
     pub unsynced: VecDeque<Record>,
     open: Option<(LogPosition, u32)>,
 }
@@ -126,7 +129,20 @@ impl Disk {
             commit_lsn: self.commit_lsn,
             archive_lsn: self.archive_lsn,
             history: self.log.history(),
+            mending: self.mending,
         }
+    }
+
+    /// Loses the end of the log, from any entry on, and knows it. The promise is kept twice.
+    pub fn damage(&mut self, kept: usize) {
+        self.lose_unsynced();
+        if let Some(lsn) = self.log.entries.keys().nth(kept).copied() {
+            self.log.entries.split_off(&lsn);
+        }
+        let last_lsn = self.log.last().lsn;
+        self.commit_lsn = self.commit_lsn.min(last_lsn);
+        self.archive_lsn = self.archive_lsn.min(last_lsn);
+        self.mending = true;
     }
 
     /// Puts the oldest unsynced record on the disk. `no_truncation` is a fault: the old tail stays.
@@ -151,6 +167,7 @@ impl Disk {
             Record::Truncate(_) if no_truncation => {}
             Record::Truncate(after) => self.log.truncate(after),
             Record::Restart(at) => self.log.restart(at),
+            Record::Mended => self.mending = false,
             Record::Part { entry, part, .. } => self.put_part(entry, part, no_truncation),
             Record::Progress {
                 commit_lsn,

@@ -359,7 +359,9 @@ impl World {
             .collect();
         let whole = entries
             .first()
-            .is_some_and(|entry| entry.position.lsn == fetch.first_lsn);
+            .is_some_and(|entry| entry.position.lsn == fetch.first_lsn)
+            // The end may have been damaged since.
+            && entries.last().is_some_and(|entry| entry.position == fetch.last);
         let state = &mut self.hosts[host];
         if !allowed || !whole || fails {
             // What came before the failure is in the own journal.

@@ -44,6 +44,10 @@ pub enum Fault {
     BuryUnconditionally,
     /// An entry is acked before it is synced.
     AckBeforeSync,
+    /// A replica that lost entries to damage votes as if it had never had them.
+    DamagedVotes,
+    /// It votes before it has again what it may have acked.
+    WholeTooEarly,
 }
 
 /// What happened, over all seeds: a simulation in which something never happens proves nothing of
@@ -62,6 +66,8 @@ pub struct Tally {
     pub own_restarts: u64,
     pub crashes: u64,
     pub trouble: u64,
+    pub damaged: u64,
+    pub mended: u64,
     pub trace: u64,
 }
 
@@ -204,7 +210,10 @@ impl World {
     }
 
     fn check(&self) {
-        let disks: Vec<&Disk> = self.nodes.iter().map(|node| &node.disk).collect();
+        // Those that are mending do not vote.
+        let disks = self.nodes.iter().map(|node| &node.disk);
+        let votes = |disk: &&Disk| !disk.mending || self.fault == Fault::DamagedVotes;
+        let disks: Vec<&Disk> = disks.filter(votes).collect();
         self.checker.check_nothing_lost(&disks);
         for node in &self.nodes {
             if let Some(replica) = &node.replica {
@@ -234,6 +243,7 @@ impl World {
             981..990 => self.persist_progress(node),
             990..995 => self.drop_entries(host, node),
             995..996 => self.trouble(node),
+            996..997 => self.damage(node),
             _ => self.restart_feed(host, node),
         }
     }
@@ -301,6 +311,8 @@ impl World {
                 self.hosts[0].primary.progress().collect::<Vec<_>>(),
                 node.replica
             );
+            let mends = self.fault != Fault::DamagedVotes;
+            assert!(!node.disk.mending || !mends, "a level replica is not whole");
         }
     }
 

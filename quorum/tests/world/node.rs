@@ -3,6 +3,7 @@
 use super::disk::{Disk, Record};
 use super::{Fault, HOST_COUNT, ToReplica, World, database, host_name, index_of};
 use durovfs_quorum::{AppendVerdict, Replica, ReplicaEffect};
+use durovfs_wire::Lsn;
 use durovfs_wire::peer::{PrimaryMessage, ReplicaMessage};
 
 pub struct Node {
@@ -96,6 +97,11 @@ impl World {
             } => {
                 replica.handle_progress(epoch, commit_lsn, archive_lsn);
             }
+            PrimaryMessage::Mend { epoch, lsn, .. } => {
+                let too_early = self.fault == Fault::WholeTooEarly;
+                let lsn = if too_early { Lsn::ZERO } else { lsn };
+                replica.handle_mend(epoch, lsn);
+            }
             other => panic!("{other:?}"),
         }
         self.drive_replica(node);
@@ -128,6 +134,9 @@ impl World {
                         generation,
                     };
                     self.nodes[node].disk.unsynced.push_back(record);
+                }
+                ReplicaEffect::PersistMended => {
+                    self.nodes[node].disk.unsynced.push_back(Record::Mended);
                 }
                 ReplicaEffect::Send { node: to, message } => {
                     self.check_sent(node, &message);
@@ -210,6 +219,7 @@ impl World {
                     let complete = part + 1 == entry.part_count;
                     replica.handle_part_persisted(entry.position, under, complete);
                 }
+                Record::Mended => self.tally.mended += 1,
                 Record::Truncate(_) | Record::Restart(_) | Record::Progress { .. } => {}
             }
         }
@@ -245,8 +255,29 @@ impl World {
             .as_ref()
             .is_some_and(|replica| replica.trouble().is_some());
         if node.replica.is_none() || troubled {
-            node.replica = Some(Replica::new(database(), node.disk.state()));
+            let mut state = node.disk.state();
+            state.mending &= self.fault != Fault::DamagedVotes;
+            node.replica = Some(Replica::new(database(), state));
         }
+    }
+
+    /// The end of a replica's log goes bad, found at its next start or while it runs. At most two
+    /// at a time: with three, those that are left could not tell where the log ends.
+    pub(super) fn damage(&mut self, node: usize) {
+        let damaged = |node: &&Node| node.disk.mending;
+        if self.nodes.iter().filter(damaged).count() >= 2 {
+            return;
+        }
+        if self.chance(50) {
+            self.crash_replica(node);
+        } else if let Some(replica) = &mut self.nodes[node].replica {
+            replica.handle_trouble("an entry cannot be read".to_owned());
+            self.lose_unsynced(node);
+            self.drive_replica(node);
+        }
+        self.tally.damaged += 1;
+        let kept = self.pick(self.nodes[node].disk.log.entries.len() + 1);
+        self.nodes[node].disk.damage(kept);
     }
 
     pub(super) fn trouble(&mut self, node: usize) {

@@ -123,6 +123,7 @@ fn open_journal(
         sync,
         segment_bytes: config.journal.segment_bytes,
         limit_bytes: config.journal.limit_bytes,
+        mend: true,
     })
     .with_context(|| format!("open the journal in {}", directory.display()))
 }

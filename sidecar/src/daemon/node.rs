@@ -317,6 +317,7 @@ impl Node {
         // Once a tick, not once a commit: it looks at every database.
         let usage = self.primary_journal.usage();
         self.journal_crowded = usage.bytes > usage.limit_bytes / 100 * (100 - JOURNAL_FREE_PERCENT);
+        self.tick_damage();
         for peer in self.peers.values_mut() {
             peer.tick(now);
         }

@@ -5,7 +5,7 @@ use super::event::SessionId;
 use super::feed::Feed;
 use super::node::Node;
 use super::primary::{PrimaryDatabase, Waiter, Want};
-use durovfs_journal::Record;
+use durovfs_journal::{DamagedEntry, Record};
 use durovfs_quorum::{PrimaryEffect, PrimaryState};
 use durovfs_wire::client::{FailureKind, SidecarMessage};
 use durovfs_wire::peer::{PrimaryMessage, ReplicaMessage};
@@ -19,6 +19,9 @@ const CLAIMS_MAX: u32 = 12;
 /// Pause before a claim is tried again; a random part of as much is added, so that two claimants
 /// do not keep each other from winning.
 const RECLAIM_PAUSE: Duration = Duration::from_millis(250);
+/// What noting damage to our own journal may take before the log is claimed again. If it takes
+/// longer, the same entry is found once more.
+const OWN_DAMAGE_PAUSE: Duration = Duration::from_millis(200);
 
 impl Node {
     /// Runs a database's state machine until it wants nothing more.
@@ -359,6 +362,30 @@ impl Node {
             db.begin_claim();
         }
         self.drive_primary(database);
+    }
+
+    /// An entry of our own journal cannot be read: it and what follows is fetched from the replicas.
+    pub fn handle_own_damage(&mut self, found: DamagedEntry) {
+        let DamagedEntry {
+            database,
+            lsn: first_lsn,
+            error,
+        } = found;
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
+        if db.own_trouble.is_some() {
+            return; // it begins again anyhow
+        }
+        tracing::error!(name = %db.name, lsn = %first_lsn, %error,
+            "an entry of our own journal cannot be read: fetching it again");
+        db.own_trouble = Some(error.to_string());
+        db.claim_at = Some(Instant::now() + OWN_DAMAGE_PAUSE);
+        let record = Record::Damaged {
+            database,
+            first_lsn,
+        };
+        self.write_own_records(database, vec![record], None, None);
     }
 
     /// Our own journal failed: the machine begins again from what it holds.

@@ -6,7 +6,7 @@ use super::event::{JournalEvent, Permit};
 use super::node::Node;
 use super::outbox::Outbox;
 use bytes::Bytes;
-use durovfs_journal::DatabaseState;
+use durovfs_journal::{DamagedEntry, DatabaseState};
 use durovfs_sidecar::replica_log::{AppendContext, AppendRefused, Notice, NoticeSink, ReplicaLog};
 use durovfs_wire::peer::{Claim, PrimaryMessage, RejectReason, ReplicaMessage};
 use durovfs_wire::{DatabaseId, EntryPart, Epoch, Lsn, NodeName};
@@ -61,7 +61,7 @@ impl Node {
             PrimaryMessage::Ping { sequence } => {
                 outbox.answer(&ReplicaMessage::Pong {
                     sequence,
-                    trouble: self.replica_journal.trouble(),
+                    trouble: self.replica_trouble(),
                 });
             }
             PrimaryMessage::Find { request, name } => {
@@ -103,6 +103,16 @@ impl Node {
             } => {
                 if let Some(replica) = self.replicas.get_mut(&database) {
                     replica.log.handle_progress(epoch, commit_lsn, archive_lsn);
+                }
+            }
+            PrimaryMessage::Mend {
+                database,
+                epoch,
+                lsn,
+            } => {
+                if let Some(replica) = self.replicas.get_mut(&database) {
+                    replica.log.handle_mend(epoch, lsn);
+                    self.drive_replica(database);
                 }
             }
             PrimaryMessage::Fetch {
@@ -216,6 +226,44 @@ impl Node {
         }
     }
 
+    /// Why this node does not take, or not vote on, all that it should: one line.
+    pub fn replica_trouble(&self) -> Option<String> {
+        let mending = self.mending_count();
+        let mends = (mending > 0).then(|| {
+            format!(
+                "the journal was damaged: {mending} databases wait to be fed by their primaries"
+            )
+        });
+        self.replica_journal.trouble().or(mends)
+    }
+
+    /// Databases that lack, or may lack, entries that were acked.
+    pub fn mending_count(&self) -> usize {
+        let mending = |replica: &&ReplicaDatabase| replica.log.machine().is_mending();
+        self.replicas.values().filter(mending).count()
+    }
+
+    /// Gives up entries that could not be read.
+    pub fn tick_damage(&mut self) {
+        for found in self.replica_journal.take_unreadable() {
+            let DamagedEntry {
+                database,
+                lsn,
+                error,
+            } = found;
+            let Some(replica) = self.replicas.get_mut(&database) else {
+                continue;
+            };
+            tracing::error!(name = %replica.name, %lsn, %error,
+                "an entry cannot be read: the log waits to be fed from there");
+            replica.log.handle_damage(lsn, error);
+            self.drive_replica(database);
+        }
+        for found in self.primary_journal.take_unreadable() {
+            self.handle_own_damage(found);
+        }
+    }
+
     /// Takes up a log that our journal holds.
     pub fn resume_replica(&mut self, state: &DatabaseState) {
         let (journal, notices) = (self.replica_journal.clone(), self.replica_notices());
@@ -240,7 +288,7 @@ impl Node {
         };
         let failed = replica.log.handle_notice(notice);
         if let Some(error) = &failed {
-            tracing::error!(name = %replica.name, %error, "the journal could not write");
+            tracing::error!(name = %replica.name, %error, "taking up again from the journal");
         }
         self.drive_replica(database);
         if failed.is_some()

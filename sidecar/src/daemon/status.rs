@@ -14,6 +14,11 @@ use std::time::Instant;
 
 /// A replica that lags longer than this is worth a warning.
 const LAG_WARNING_MS: u64 = 5_000;
+/// More damage than this need not be listed: the disk is broken.
+const DAMAGES_LISTED_MAX: usize = 8;
+/// What a replica says of a log that lost something.
+const MENDING_WARNING: &str = "the journal was damaged: acked entries may be missing here, and this \
+    replica does not vote until a primary has fed it";
 
 impl Node {
     /// The node's state, as far as the certificate may see it.
@@ -51,14 +56,24 @@ impl Node {
                     trouble: peer.trouble.clone().or_else(|| peer.last_error.clone()),
                 })
                 .collect(),
-            warnings: [
-                self.primary_journal.trouble(),
-                self.replica_journal.trouble(),
-            ]
+            warnings: self.node_warnings(),
+        }
+    }
+
+    fn node_warnings(&self) -> Vec<String> {
+        let troubles = [self.primary_journal.trouble(), self.replica_trouble()];
+        // Told as long as the process runs: the disk is worth a look also when all is mended.
+        let found = [&self.primary_journal, &self.replica_journal];
+        let found = found.into_iter().flat_map(|journal| journal.damages());
+        let found = found.map(|damage| format!("found at start: {damage}"));
+        let whole = (self.mending_count() == 0 && !self.replica_journal.damages().is_empty())
+            .then(|| "all databases are whole again".to_owned());
+        troubles
             .into_iter()
             .flatten()
-            .collect(),
-        }
+            .chain(found.take(DAMAGES_LISTED_MAX))
+            .chain(whole)
+            .collect()
     }
 
     /// The state of the database with this name.
@@ -177,7 +192,13 @@ impl Node {
                 .map_or_else(String::new, |last| last.commit.checksum.to_string()),
             archive_url: None,
             replicas: Vec::new(),
-            warnings: Vec::new(),
+            warnings: replica
+                .log
+                .machine()
+                .is_mending()
+                .then(|| MENDING_WARNING.to_owned())
+                .into_iter()
+                .collect(),
         }
     }
 }
