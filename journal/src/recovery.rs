@@ -70,6 +70,8 @@ pub(crate) fn recover(disk: &dyn Disk, rules: Rules) -> Result<Recovered, Journa
             mend: rules.mend,
             known_below: files.damage_known_below(),
             found: Vec::new(),
+            suspected: Vec::new(),
+            more: false,
             any: !files.unreadable.is_empty(),
             open: !files.unreadable.is_empty(),
             doubts: BTreeMap::new(),

@@ -20,6 +20,9 @@ pub const DEFAULT_CHUNK_BYTES: u64 = 16 << 20;
 pub const DEFAULT_SEGMENT_BYTES: u64 = 64 << 20;
 /// What a journal may take when the archive cannot be reached: hours of ordinary writing.
 pub const DEFAULT_JOURNAL_LIMIT_BYTES: u64 = 4 << 30;
+/// All entries that are held are read and compared with their checksums this often: a bit that rots
+/// is found while other replicas still hold the entry.
+pub const DEFAULT_SCRUB_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 /// Largest configuration file that is read: a list of thousands of nodes fits.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
 /// A journal needs room for the segment in use and the one that is being prepared.
@@ -68,6 +71,8 @@ pub struct JournalConfig {
     pub segment_bytes: u64,
     /// Bytes that all of them may take.
     pub limit_bytes: u64,
+    /// Pause between two readings of all that is held.
+    pub scrub_interval: Duration,
 }
 
 /// Configuration of one sidecar.
@@ -155,6 +160,7 @@ struct RawArchive {
 struct RawJournal {
     segment_bytes: Option<String>,
     limit_bytes: Option<String>,
+    scrub_interval: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -297,16 +303,29 @@ impl Source<'_> {
         Ok(quorum)
     }
 
+    fn interval(
+        &self,
+        key: &str,
+        text: Option<&str>,
+        default: Duration,
+    ) -> Result<Duration, ConfigError> {
+        let interval = match text {
+            Some(text) => parse_duration(text).map_err(|problem| self.key_error(key, problem))?,
+            None => default,
+        };
+        if interval.is_zero() {
+            return Err(self.key_error(key, "must be more than zero"));
+        }
+        Ok(interval)
+    }
+
     fn archive(&self, raw: RawArchive) -> Result<ArchiveConfig, ConfigError> {
         check_archive_url(&raw.url).map_err(|problem| self.key_error("archive.url", problem))?;
-        let chunk_interval = match raw.chunk_interval {
-            Some(text) => parse_duration(&text)
-                .map_err(|problem| self.key_error("archive.chunk_interval", problem))?,
-            None => DEFAULT_CHUNK_INTERVAL,
-        };
-        if chunk_interval.is_zero() {
-            return Err(self.key_error("archive.chunk_interval", "must be more than zero"));
-        }
+        let chunk_interval = self.interval(
+            "archive.chunk_interval",
+            raw.chunk_interval.as_deref(),
+            DEFAULT_CHUNK_INTERVAL,
+        )?;
         let chunk_bytes = self.bytes(
             "archive.chunk_bytes",
             raw.chunk_bytes.as_deref(),
@@ -333,9 +352,15 @@ impl Source<'_> {
             DEFAULT_JOURNAL_LIMIT_BYTES,
             segment_bytes.saturating_mul(MIN_SEGMENTS),
         )?;
+        let scrub_interval = self.interval(
+            "journal.scrub_interval",
+            raw.scrub_interval.as_deref(),
+            DEFAULT_SCRUB_INTERVAL,
+        )?;
         Ok(JournalConfig {
             segment_bytes,
             limit_bytes,
+            scrub_interval,
         })
     }
 }

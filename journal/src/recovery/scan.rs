@@ -33,6 +33,10 @@ pub(super) struct Holes {
     /// Damage below this sequence was reported before.
     pub known_below: u64,
     pub found: Vec<JournalError>,
+    /// Damage below it: new all the same, if less is left than was restated after the report.
+    pub suspected: Vec<JournalError>,
+    /// Whether less is left than was known.
+    pub more: bool,
     /// Whether there was one, known or not.
     pub any: bool,
     /// Whether no states were restated since.
@@ -53,6 +57,7 @@ impl Holes {
     /// Notes damage, or fails with it.
     pub fn note(&mut self, sequence: u64, damage: JournalError) -> Result<(), JournalError> {
         if sequence < self.known_below {
+            self.suspected.push(damage);
             return Ok(());
         }
         if !self.mend {
@@ -60,6 +65,14 @@ impl Holes {
         }
         self.found.push(damage);
         Ok(())
+    }
+
+    /// Less is left than a state says that was restated behind all known damage.
+    fn note_more(&mut self) -> Result<(), JournalError> {
+        let suspected = std::mem::take(&mut self.suspected);
+        suspected
+            .into_iter()
+            .try_for_each(|damage| self.note(u64::MAX, damage))
     }
 }
 
@@ -100,6 +113,9 @@ impl Scan {
             };
             self.take(&stored, location, oldest)
                 .map_err(|detail| JournalError::damaged(&segment.name, offset, detail))?;
+            if std::mem::take(&mut self.holes.more) {
+                self.holes.note_more()?;
+            }
             self.announced = self.announced.max(raw.synced_through);
             self.sequence += 1;
             offset += raw.bytes;
@@ -215,6 +231,7 @@ impl Scan {
             self.holes.doubts.remove(&database);
         } else {
             self.holes.doubts.insert(database, Doubt::Cut);
+            self.holes.more |= self.sequence >= self.holes.known_below;
         }
     }
 

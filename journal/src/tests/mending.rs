@@ -333,3 +333,38 @@ fn an_entry_that_cannot_be_read_is_told_cut_off_and_written_again() {
     assert_eq!(journal.state(database(1)).unwrap(), before);
     assert_eq!(read(&journal, 1, 1, 5).len(), 5);
 }
+
+/// Broken if this fails: what goes bad after a repair, in a segment older than the repair, is not
+/// reported.
+#[test]
+fn more_damage_before_a_known_one_is_reported() {
+    let disk = MemoryDisk::default();
+    let journal = open(&disk);
+    write(&journal, vec![promise(1, 1), start(1, 1, 1, None)]).unwrap();
+    for lsn in 2..=60 {
+        write(&journal, vec![transaction(1, 1, lsn, vec![1; 5000])]).unwrap();
+    }
+    journal.close();
+    let names = segments(&disk);
+    assert!(names.len() > 3);
+    let flip = |name: &str, record: usize| {
+        let (offset, _) = records(&disk, name)[record];
+        disk.edit(name, |bytes| bytes[offset + 600] ^= 1);
+    };
+    flip(&names[2], 5);
+    let (journal, states) = mend(&disk).unwrap();
+    let left = states[0].last.lsn.get();
+    assert!(left > 20 && left < 60, "{left}");
+    write(&journal, vec![promise(1, 2)]).unwrap();
+    drop(journal);
+    assert!(try_open(&disk.copy()).is_ok(), "known");
+    flip(&names[1], 5);
+    assert!(matches!(
+        try_open(&disk.copy()),
+        Err(JournalError::Damaged { .. })
+    ));
+    let (journal, states) = mend(&disk).unwrap();
+    assert_eq!(journal.damages().len(), 2);
+    assert!(states[0].mending && states[0].last.lsn.get() < left);
+    assert_eq!(states[0].promised.get(), 2);
+}

@@ -4,7 +4,7 @@ use super::layout::{self, ClientEntry};
 use super::{EXIT_USAGE, Failure};
 use crate::config::{
     ArchiveConfig, DEFAULT_CHUNK_BYTES, DEFAULT_CHUNK_INTERVAL, DEFAULT_JOURNAL_LIMIT_BYTES,
-    DEFAULT_SEGMENT_BYTES, JournalConfig, SidecarConfig, parse_archive_url,
+    DEFAULT_SCRUB_INTERVAL, DEFAULT_SEGMENT_BYTES, JournalConfig, SidecarConfig, parse_archive_url,
 };
 use clap::Args;
 use durovfs_link::authority::CA_KEY_FILE;
@@ -157,6 +157,7 @@ pub fn node_config(
         journal: JournalConfig {
             segment_bytes: DEFAULT_SEGMENT_BYTES,
             limit_bytes: DEFAULT_JOURNAL_LIMIT_BYTES,
+            scrub_interval: DEFAULT_SCRUB_INTERVAL,
         },
     }
 }

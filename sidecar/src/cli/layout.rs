@@ -142,7 +142,7 @@ fn render_sidecar(node_directory: &Path, config: &SidecarConfig) -> String {
          # transaction on disk before its COMMIT returns.\n\
          replicas = [{}]\nack_quorum = {}\n\n\
          [tls]\nca = {}\ncertificate = {}\nkey = {}\n\n\
-         [journal]\nsegment_bytes = \"{}\"\nlimit_bytes = \"{}\"\n",
+         [journal]\nsegment_bytes = \"{}\"\nlimit_bytes = \"{}\"\nscrub_interval = \"{}ms\"\n",
         quoted(config.node.as_str()),
         quoted(&config.listen.to_string()),
         path(&config.data),
@@ -153,6 +153,7 @@ fn render_sidecar(node_directory: &Path, config: &SidecarConfig) -> String {
         path(&config.tls.key),
         config.journal.segment_bytes,
         config.journal.limit_bytes,
+        config.journal.scrub_interval.as_millis(),
     );
     if let Some(ArchiveConfig {
         url,
@@ -225,6 +226,7 @@ mod tests {
             journal: JournalConfig {
                 segment_bytes: 8 << 20,
                 limit_bytes: 1 << 30,
+                scrub_interval: Duration::from_secs(3600),
             },
         };
         write_sidecar(&directory, &config).unwrap();

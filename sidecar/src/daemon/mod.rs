@@ -15,6 +15,7 @@ mod primary;
 mod primary_effects;
 mod replica;
 mod requests;
+mod scrub;
 mod server;
 mod status;
 mod uploader;
@@ -66,6 +67,10 @@ async fn run_local(config: SidecarConfig) -> anyhow::Result<()> {
     let stop = stop_signal()?;
     tokio::pin!(stop);
     let events = EventSender::new(events);
+    scrub::spawn(
+        [&primary_journal, &replica_journal].map(Journal::clone),
+        config.journal.scrub_interval,
+    )?;
     server::spawn_accept(Rc::clone(&endpoint), events.clone());
     let mut node = Node::new(NodeParts {
         config: Rc::new(config),

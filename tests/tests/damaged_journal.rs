@@ -1,0 +1,183 @@
+//! Journals that a bad disk damaged: it is reported, the cluster goes on, and the damaged ones are
+//! fed until all five are the same again.
+
+use durovfs_tests::cluster::{Cluster, ClusterOptions};
+use durovfs_tests::damage::{append_garbage, flip_bit, segments, truncate_tail};
+use durovfs_tests::image::{assert_same, checksum_of, copy_database, image_of};
+use durovfs_tests::outcomes::{Told, Writer, create_tables};
+use durovfs_tests::replay::{copy_journals, replay};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+const TIMEOUT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(120);
+const ENDLESS: u64 = 1 << 40;
+/// What a journal says when it is opened damaged, and a replica when it is whole again.
+const REPORTED: &str = "going on with what is left";
+const FOUND_RUNNING: &str = "an entry cannot be read";
+const WHOLE: &str = "the damaged log is whole again";
+
+/// Small segments, so that there are some, and a scrub that does not let a test wait.
+fn configure(cluster: &Cluster, node: &str) {
+    let file = cluster.node_path(node).join("sidecar.toml");
+    let text = std::fs::read_to_string(&file).expect("read sidecar.toml");
+    let lines = text.lines().map(|line| match line.split(" = ").next() {
+        Some("segment_bytes") => "segment_bytes = \"4MiB\"",
+        Some("scrub_interval") => "scrub_interval = \"500ms\"",
+        _ => line,
+    });
+    let text: Vec<&str> = lines.collect();
+    std::fs::write(&file, text.join("\n") + "\n").expect("write sidecar.toml");
+}
+
+fn times_logged(cluster: &Cluster, node: &str, what: &str) -> usize {
+    let log = std::fs::read(cluster.node_path(node).join("sidecar.log")).expect("read the log");
+    String::from_utf8_lossy(&log).matches(what).count()
+}
+
+fn wait_logged(cluster: &Cluster, node: &str, what: &str, times: usize) {
+    let deadline = Instant::now() + LIMIT;
+    while times_logged(cluster, node, what) < times {
+        assert!(
+            Instant::now() < deadline,
+            "{node} did not say {what:?} {times} times\n{}",
+            cluster.logs()
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// The state of a node that is asked itself.
+fn status_of(cluster: &Cluster, node: &str) -> serde_json::Value {
+    let sidecar = std::fs::read_to_string(cluster.node_path(node).join("sidecar.toml"));
+    let sidecar = sidecar.expect("read sidecar.toml");
+    let listen = sidecar
+        .lines()
+        .find_map(|line| line.strip_prefix("listen = "))
+        .expect("an address");
+    let client = std::fs::read_to_string(cluster.client_config()).expect("read client.toml");
+    let lines = client.lines().map(|line| match line.split(" = ").next() {
+        Some("sidecar") => format!("sidecar = {listen}"),
+        Some("node") => format!("node = \"{node}\""),
+        _ => line.to_owned(),
+    });
+    let text: Vec<String> = lines.collect();
+    let file = cluster.path().join("ask-replica.toml");
+    std::fs::write(&file, text.join("\n") + "\n").expect("write a client.toml");
+    let output = cluster.durovfs(&["status", "--json", "--config", &file.to_string_lossy()]);
+    serde_json::from_slice(&output.stdout).expect("status --json prints JSON")
+}
+
+/// Kills the nodes, damages their journals, starts them again.
+fn damage_stopped(cluster: &Cluster, nodes: &[&str], damage: impl Fn(&str)) {
+    nodes.iter().for_each(|node| cluster.kill(node));
+    nodes.iter().for_each(|node| damage(node));
+    nodes.iter().for_each(|node| cluster.start_node(node));
+}
+
+#[test]
+fn damaged_journals_are_reported_and_mended_while_commits_go_on() {
+    // Broken: a flipped bit stops a replica for good, is cut off with all that follows, or is never
+    // seen; or a commit fails although three replicas are whole.
+    let mut cluster = Cluster::start(ClusterOptions::journals_keep_all());
+    for node in cluster.replicas() {
+        cluster.kill(&node);
+        configure(&cluster, &node);
+        // Nothing is in it yet, and it keeps the size that it was begun with.
+        let empty = segments(&cluster, &node);
+        empty
+            .iter()
+            .for_each(|file| std::fs::remove_file(file).expect("remove a segment"));
+        cluster.start_node(&node);
+    }
+    let database = cluster.scratch().join("app.db");
+    create_tables(&cluster, &database, 1);
+    fill(&cluster, &database);
+    let mut writer = Writer::start(&cluster, &database, 1, 1, ENDLESS, TIMEOUT);
+    writer.wait_committed(20, LIMIT);
+    cluster.wait_level(&database, LIMIT);
+
+    // A bit in the middle of an old segment.
+    damage_stopped(&cluster, &["replica-1"], |node| {
+        flip_bit(&segments(&cluster, node)[1], 50);
+    });
+    wait_logged(&cluster, "replica-1", REPORTED, 1);
+    wait_logged(&cluster, "replica-1", WHOLE, 1);
+    let status = status_of(&cluster, "replica-1").to_string();
+    assert!(status.contains("journal is damaged"), "{status}");
+    assert!(status.contains("all databases are whole again"), "{status}");
+
+    // Two at once, in the segment that is written to.
+    damage_stopped(&cluster, &["replica-2", "replica-3"], |node| {
+        let segments = segments(&cluster, node);
+        flip_bit(segments.last().expect("a segment"), 30);
+    });
+    for node in ["replica-2", "replica-3"] {
+        wait_logged(&cluster, node, REPORTED, 1);
+        wait_logged(&cluster, node, WHOLE, 1);
+    }
+
+    // A whole segment.
+    damage_stopped(&cluster, &["replica-1"], |node| {
+        std::fs::remove_file(&segments(&cluster, node)[1]).expect("remove a segment");
+    });
+    wait_logged(&cluster, "replica-1", REPORTED, 2);
+    wait_logged(&cluster, "replica-1", WHOLE, 2);
+
+    // Ends that are torn, or followed by what never was a record: no damage.
+    damage_stopped(&cluster, &["replica-4", "replica-5"], |node| {
+        let segments = segments(&cluster, node);
+        let last = segments.last().expect("a segment");
+        match node {
+            "replica-4" => truncate_tail(last, 20),
+            _ => append_garbage(last),
+        }
+    });
+
+    // While it runs: the scrub finds it.
+    flip_bit(&segments(&cluster, "replica-2")[0], 50);
+    wait_logged(&cluster, "replica-2", FOUND_RUNNING, 1);
+    wait_logged(&cluster, "replica-2", WHOLE, 2);
+
+    let before = writer.so_far().committed();
+    writer.wait_committed(before + 20, LIMIT);
+    let outcomes = writer.kill();
+    println!("{} commits", outcomes.committed());
+    let failed = outcomes.count(|told| matches!(told, Told::NotCommitted(_) | Told::Unknown));
+    assert_eq!(failed, 0, "a commit failed: {outcomes:?}");
+    for node in ["replica-4", "replica-5"] {
+        assert_eq!(times_logged(&cluster, node, REPORTED), 0, "{node}");
+    }
+    let last = Writer::start(&cluster, &database, 1, outcomes.next_row(), 1, TIMEOUT).finish(LIMIT);
+    assert_eq!(last.committed(), 1, "{last:?}");
+    let mut outcomes = outcomes;
+    outcomes.extend(last);
+    cluster.wait_level(&database, LIMIT);
+    check_all(&mut cluster, &database, |copy| {
+        outcomes.check("file", copy, 1);
+    });
+}
+
+/// Some segments full.
+fn fill(cluster: &Cluster, database: &Path) {
+    let mut app = durovfs_tests::app::App::open(cluster, database);
+    app.run("CREATE TABLE filling (n INTEGER PRIMARY KEY, payload BLOB)");
+    for _ in 0..10 {
+        app.run("INSERT INTO filling (payload) VALUES (randomblob(1000000))");
+    }
+}
+
+/// The file and all journals are the same.
+fn check_all(cluster: &mut Cluster, database: &Path, check: impl Fn(&Path)) {
+    let journals = copy_journals(cluster);
+    cluster.stop();
+    let copy = cluster.scratch().join("copy.db");
+    copy_database(database, &copy);
+    check(&copy);
+    let image = image_of(database, cluster.scratch());
+    for (node, journal) in &journals {
+        let replayed = replay(journal, database);
+        assert_eq!(replayed.checksum(), checksum_of(&image), "{node}");
+        assert_same(node, &replayed.image(), &image);
+    }
+}
