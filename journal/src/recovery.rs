@@ -78,6 +78,33 @@ pub(crate) fn recover(disk: &dyn Disk, rules: Rules) -> Result<Recovered, Journa
         },
     };
     files.remove_known(disk, &mut scan.holes)?;
+    let (end, kept) = read_segments(disk, &files, &mut scan)?;
+    if let Some(last) = files.unreadable.keys().next_back().copied()
+        && last >= scan.sequence
+    {
+        // How many records it had is not known: fewer than this.
+        scan.pass_hole(last + SEGMENT_BYTES_MAX / ALIGNMENT);
+    }
+    scan.settle(disk, rules, files.segments.first())?;
+    let segments = files.segments.iter().take(kept);
+    Ok(Recovered {
+        tables: scan.tables,
+        segments: segments
+            .map(|s| (s.header.first_sequence, s.clone()))
+            .collect(),
+        offset: end,
+        next_sequence: scan.sequence,
+        announced: scan.announced,
+        damages: scan.holes.found,
+    })
+}
+
+/// Reads all records. Says where those of the last segment end, and how many segments are kept.
+fn read_segments(
+    disk: &dyn Disk,
+    files: &Files,
+    scan: &mut Scan,
+) -> Result<(u64, usize), JournalError> {
     let segments = &files.segments;
     let mut end = SEGMENT_HEADER_BYTES;
     let mut kept = 0;
@@ -98,7 +125,7 @@ pub(crate) fn recover(disk: &dyn Disk, rules: Rules) -> Result<Recovered, Journa
         kept = index + 1;
         while next_first != Some(scan.sequence) {
             let later = &segments[kept..];
-            let Some(damage) = files.damage_at(&scan, &bytes, end, segment, later)? else {
+            let Some(damage) = files.damage_at(scan, &bytes, end, segment, later)? else {
                 break;
             };
             scan.holes.note(scan.sequence, damage)?;
@@ -116,24 +143,7 @@ pub(crate) fn recover(disk: &dyn Disk, rules: Rules) -> Result<Recovered, Journa
             break;
         }
     }
-    if let Some(last) = files.unreadable.keys().next_back().copied()
-        && last >= scan.sequence
-    {
-        // How many records it had is not known: fewer than this.
-        scan.pass_hole(last + SEGMENT_BYTES_MAX / ALIGNMENT);
-    }
-    scan.settle(disk, rules, segments.first())?;
-    let segments = files.segments.iter().take(kept);
-    Ok(Recovered {
-        tables: scan.tables,
-        segments: segments
-            .map(|s| (s.header.first_sequence, s.clone()))
-            .collect(),
-        offset: end,
-        next_sequence: scan.sequence,
-        announced: scan.announced,
-        damages: scan.holes.found,
-    })
+    Ok((end, kept))
 }
 
 /// The segment files of a journal.

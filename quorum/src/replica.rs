@@ -70,8 +70,8 @@ pub enum ReplicaEffect {
         /// The database's name.
         name: String,
     },
-    /// Note in the journal that the log is whole again. Until it is on disk a restart begins to mend
-    /// anew, which does no harm.
+    /// Note in the journal that the log is whole again. Until it is on disk a restart begins to
+    /// mend anew, which does no harm.
     PersistMended,
     /// Send a message.
     Send {

@@ -1,4 +1,4 @@
-//! What damage does to the index: entries that are lost, and states that are restated behind a hole.
+//! What damage does to the index: entries that are lost, and states that are restated behind it.
 
 use super::Table;
 use crate::promises::KeptPromise;
@@ -6,8 +6,8 @@ use crate::record::DatabaseState;
 use durovfs_wire::position::{EpochRun, LogPosition, Lsn};
 
 impl Table {
-    /// The entries from here on are lost: what is left is the log before them, and it is known to be
-    /// less than what was acknowledged.
+    /// The entries from here on are lost: what is left is the log before them, and it is known to
+    /// be less than what was acknowledged.
     pub(crate) fn lose_from(&mut self, first_lsn: Lsn) {
         self.state.mending = true;
         let before = first_lsn.previous().unwrap_or_default();

@@ -364,7 +364,7 @@ impl Node {
         self.drive_primary(database);
     }
 
-    /// An entry of our own journal cannot be read: it and what follows is fetched from the replicas.
+    /// An entry of our own journal cannot be read: it and what follows is fetched again.
     pub fn handle_own_damage(&mut self, found: DamagedEntry) {
         let DamagedEntry {
             database,

@@ -95,6 +95,23 @@ impl Node {
                 };
                 self.handle_append(node, outbox, context, entry, permit);
             }
+            PrimaryMessage::Fetch {
+                database,
+                epoch,
+                first_lsn,
+                last_lsn,
+            } => {
+                self.handle_fetch(database, epoch, first_lsn, last_lsn, outbox);
+            }
+            told @ (PrimaryMessage::Progress { .. } | PrimaryMessage::Mend { .. }) => {
+                self.handle_told(&told);
+            }
+        }
+    }
+
+    /// What a primary says of its log.
+    fn handle_told(&mut self, message: &PrimaryMessage) {
+        match *message {
             PrimaryMessage::Progress {
                 database,
                 epoch,
@@ -115,14 +132,7 @@ impl Node {
                     self.drive_replica(database);
                 }
             }
-            PrimaryMessage::Fetch {
-                database,
-                epoch,
-                first_lsn,
-                last_lsn,
-            } => {
-                self.handle_fetch(database, epoch, first_lsn, last_lsn, outbox);
-            }
+            _ => {}
         }
     }
 

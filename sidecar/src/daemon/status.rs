@@ -17,8 +17,8 @@ const LAG_WARNING_MS: u64 = 5_000;
 /// More damage than this need not be listed: the disk is broken.
 const DAMAGES_LISTED_MAX: usize = 8;
 /// What a replica says of a log that lost something.
-const MENDING_WARNING: &str = "the journal was damaged: acked entries may be missing here, and this \
-    replica does not vote until a primary has fed it";
+const MENDING_WARNING: &str = "the journal was damaged: acked entries may be missing here, and \
+    this replica does not vote until a primary has fed it";
 
 impl Node {
     /// The node's state, as far as the certificate may see it.
