@@ -10,5 +10,6 @@ pub mod damage;
 pub mod image;
 pub mod outcomes;
 pub mod replay;
+pub mod script;
 pub mod seed;
 pub mod source;

@@ -73,6 +73,20 @@ fn copy_journal(from: &Path, to: &Path) {
 /// # Panics
 /// When the journal cannot be read, or lacks the beginning.
 pub fn replay(journal_directory: &Path, name: &Path) -> Replayed {
+    let name = name.to_string_lossy();
+    let mut all = replay_all(journal_directory, &|known| known == name);
+    all.remove(&*name)
+        .unwrap_or_else(|| panic!("{} has no {name}", journal_directory.display()))
+}
+
+/// The same for all databases with such names.
+///
+/// # Panics
+/// When the journal cannot be read, or lacks the beginning of one.
+pub fn replay_all(
+    journal_directory: &Path,
+    wanted: &dyn Fn(&str) -> bool,
+) -> BTreeMap<String, Replayed> {
     let (journal, states) = Journal::open(JournalOptions {
         directory: journal_directory.to_owned(),
         sync: false,
@@ -81,9 +95,15 @@ pub fn replay(journal_directory: &Path, name: &Path) -> Replayed {
         mend: false,
     })
     .unwrap_or_else(|error| panic!("open {}: {error}", journal_directory.display()));
-    let name = name.to_string_lossy();
-    let state = states.into_iter().find(|state| state.name == name);
-    let state = state.unwrap_or_else(|| panic!("{} has no {name}", journal_directory.display()));
+    let states = states.into_iter().filter(|state| wanted(&state.name));
+    let replayed = states
+        .map(|state| (state.name.clone(), replay_database(&journal, state)))
+        .collect();
+    journal.close();
+    replayed
+}
+
+fn replay_database(journal: &Journal, state: DatabaseState) -> Replayed {
     assert_eq!(
         state.first_lsn,
         Lsn::new(1),
@@ -128,6 +148,5 @@ pub fn replay(journal_directory: &Path, name: &Path) -> Replayed {
             replayed.carried = commit.checksum;
         }
     }
-    journal.close();
     replayed
 }

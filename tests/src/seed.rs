@@ -10,6 +10,11 @@ pub struct Seeded {
 }
 
 impl Seeded {
+    /// A generator with this seed.
+    pub fn new(seed: u64) -> Self {
+        Self { state: seed }
+    }
+
     /// A generator with the seed of this run.
     ///
     /// # Panics

@@ -17,7 +17,7 @@ use std::time::Duration;
 /// Slots of the table that an extension gets: as many as the newest header has.
 const TABLE_SLOTS: usize = 300;
 
-fn table() -> *const durovfs_vfs::ApiRoutines {
+pub fn table() -> *const durovfs_vfs::ApiRoutines {
     let entries: &[(usize, *const ())] = &[
         (192, sqlite::sqlite3_auto_extension as *const ()),
         (195, sqlite::sqlite3_cancel_auto_extension as *const ()),
