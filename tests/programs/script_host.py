@@ -16,6 +16,7 @@ import sys
 
 # Longer results are told by their digest.
 LONGEST_RESULT = 300
+MOST_BACKUP_STEPS = 50
 
 
 def plain(value):
@@ -38,10 +39,16 @@ def connect(uri):
 
 
 def backup(source, target):
-    try:
-        source.backup(target, pages=7)
-    finally:
-        target.close()
+    """Python tries for ever while a side is locked; this does not."""
+    calls = 0
+
+    def give_up(status, remaining, total):
+        nonlocal calls
+        calls += 1
+        if calls > MOST_BACKUP_STEPS:
+            raise sqlite3.OperationalError(f"no end of the backup: {status}")
+
+    source.backup(target, pages=100, progress=give_up, sleep=0.001)
 
 
 def execute(connections, step):
@@ -64,12 +71,16 @@ def execute(connections, step):
             blob.write(bytes.fromhex(data))
         return "written"
     if kind == "backup":
-        backup(connection, connect(step[2]))
+        other = connect(step[2])
+        try:
+            backup(connection, other)
+        finally:
+            other.close()
         return "copied"
     if kind == "backup_from":
         other = connect(step[2])
         try:
-            other.backup(connection)
+            backup(other, connection)
         finally:
             other.close()
         return "copied"

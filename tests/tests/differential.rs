@@ -5,7 +5,7 @@
 
 use durovfs_tests::binaries::{PYTHON, binaries, program};
 use durovfs_tests::cluster::{Cluster, ClusterOptions};
-use durovfs_tests::image::{assert_same, assert_same_content};
+use durovfs_tests::image::{assert_same, assert_same_content, beside, image_of, page_size};
 use durovfs_tests::replay::{copy_journals, replay_all};
 use durovfs_tests::script::script;
 use durovfs_tests::seed::Seeded;
@@ -69,10 +69,12 @@ struct Sides {
     durovfs: ScriptHost,
     plain_directory: PathBuf,
     durovfs_directory: PathBuf,
+    /// A script that is replayed is told step by step.
+    tells_all: bool,
 }
 
 impl Sides {
-    fn start(cluster: &Cluster) -> Self {
+    fn start(cluster: &Cluster, tells_all: bool) -> Self {
         let mut durovfs = ScriptHost::start(&cluster.client_config());
         durovfs.ask(&json!({ "extension": binaries().extension }));
         Self {
@@ -80,6 +82,7 @@ impl Sides {
             durovfs,
             plain_directory: cluster.scratch().join("plain"),
             durovfs_directory: cluster.scratch().join("durovfs"),
+            tells_all,
         }
     }
 
@@ -92,6 +95,10 @@ impl Sides {
         let directory = self.durovfs_directory.join(&name);
         let found = self.durovfs.run(&directory, &steps);
         let replay = format!("DUROVFS_SEED={seed}");
+        if self.tells_all {
+            let told = steps.iter().zip(&expected).zip(&found);
+            told.for_each(|((step, plain), found)| println!("{step}\n  {plain}\n  {found}"));
+        }
         for (index, step) in steps.iter().enumerate() {
             if expected[index] != found[index] {
                 let before = &steps[..index];
@@ -138,6 +145,19 @@ fn databases(directory: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
+/// A database with its WAL folded in, where a read-only connection was the last to close it. Its last page may be short: a backup of an empty database over one with larger
+/// pages leaves that; SQLite reads zeros there, and the log has whole pages.
+fn whole_pages(database: &Path, scratch: &Path) -> Vec<u8> {
+    let mut bytes = if beside(database, "-wal").exists() {
+        image_of(database, scratch)
+    } else {
+        std::fs::read(database).expect("read a database")
+    };
+    let page_bytes = page_size(&bytes).get();
+    bytes.resize(bytes.len().next_multiple_of(page_bytes), 0);
+    bytes
+}
+
 /// Every replica holds every database, and a restore from the archive alone gives it back.
 fn check_copies(mut cluster: Cluster, directory: &Path) {
     let databases = databases(directory);
@@ -154,7 +174,7 @@ fn check_copies(mut cluster: Cluster, directory: &Path) {
                 .get(&*name)
                 .unwrap_or_else(|| panic!("{node} has no {name}"));
             assert_eq!(held.checksum(), held.carried, "{node}: {name}");
-            let file = std::fs::read(database).expect("read a database");
+            let file = whole_pages(database, cluster.scratch());
             assert_same_content(&format!("{name} on {node}"), &file, &held.image());
         }
     }
@@ -162,7 +182,7 @@ fn check_copies(mut cluster: Cluster, directory: &Path) {
     for database in &databases {
         let restored = database.with_extension("restored");
         cluster.restore(database, None, &restored);
-        let file = std::fs::read(database).expect("read a database");
+        let file = whole_pages(database, cluster.scratch());
         let restored = std::fs::read(&restored).expect("read the restored one");
         let what = format!("{} restored", database.display());
         assert_same_content(&what, &file, &restored);
@@ -193,7 +213,7 @@ fn a_script_gives_the_same_on_plain_sqlite_and_on_durovfs() {
     let mut next = first;
     while next < first + scripts {
         let cluster = Cluster::start(ClusterOptions::journals_keep_all());
-        let mut sides = Sides::start(&cluster);
+        let mut sides = Sides::start(&cluster, scripts == 1);
         let end = (next + SCRIPTS_PER_CLUSTER).min(first + scripts);
         for seed in next..end {
             sides.compare(seed);

@@ -74,6 +74,7 @@ impl Connection {
                 )));
             }
             // A WAL that starts afresh has all before it in the database file.
+            self.check_ended_wal(wal)?;
             self.check_database_file(&last)?;
         } else if !self.mark.stamp_matches()? {
             self.check_below_wal(wal, &last)?;

@@ -120,6 +120,10 @@ pub struct Connection {
     /// A commit of rollback mode was refused: SQLite plays its journal back next.
     pub(crate) expects_playback: bool,
     pub(crate) must_roll_forward: bool,
+    /// Whether the host's checkpoints can leave pages out (before 3.51.3).
+    pub(crate) distrusts_checkpoints: bool,
+    /// Whether the database file is locked exclusively: when its WAL is closed then, it goes.
+    pub(crate) holds_exclusive_lock: bool,
     /// Whether the WAL's write lock in shared memory is held: only at its release can the file be
     /// brought level while it is open.
     pub(crate) holds_write_lock: bool,
@@ -165,6 +169,8 @@ impl Connection {
             rollback_refusal: None,
             expects_playback: false,
             must_roll_forward: false,
+            distrusts_checkpoints: false,
+            holds_exclusive_lock: false,
             holds_write_lock: false,
             poisoned: None,
             last_error: String::new(),
@@ -233,6 +239,10 @@ impl Connection {
     /// The WAL is about to be closed.
     pub fn detach_wal(&mut self) {
         self.end_wal_transaction();
+        if self.holds_exclusive_lock {
+            // SQLite deletes it next, whatever is said here; what is wrong is in the log.
+            let _ = self.before_wal_ends();
+        }
         self.wal = None;
     }
 

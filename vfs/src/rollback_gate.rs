@@ -262,8 +262,14 @@ impl Connection {
         self.mark.stamp()
     }
 
+    /// The exclusive lock was taken.
+    pub fn exclusively_locked(&mut self) {
+        self.holds_exclusive_lock = true;
+    }
+
     /// The database lock drops below RESERVED, or goes.
     pub fn before_unlock(&mut self) {
+        self.holds_exclusive_lock = false;
         self.dirty.clear();
         self.rollback_refusal = None;
         self.expects_playback = false;

@@ -276,6 +276,7 @@ fn kind_of(
     match open::open(surroundings, &path, &name, file) {
         Ok(mut connection) => {
             connection.warnings.extend(known_bugs(host));
+            connection.distrusts_checkpoints = has_known_bugs(host);
             connection.set_durability(durability);
             Ok(Kind::Database(Arc::new(Mutex::new(connection))))
         }
@@ -289,15 +290,18 @@ fn kind_of(
 
 /// What is known to be wrong with the host's SQLite.
 fn known_bugs(host: &Host) -> Option<String> {
-    // SAFETY: a constant of the host's library.
-    let number = unsafe { host.api.libversion_number() };
-    (number < FIRST_WITHOUT_KNOWN_BUGS).then(|| {
+    has_known_bugs(host).then(|| {
         format!(
             "SQLite {} can corrupt a WAL database when two connections checkpoint at once \
              (fixed in 3.51.3); up to 3.49.1 a savepoint rollback can make it refuse a commit here",
             host.api.version()
         )
     })
+}
+
+fn has_known_bugs(host: &Host) -> bool {
+    // SAFETY: a constant of the host's library.
+    unsafe { host.api.libversion_number() < FIRST_WITHOUT_KNOWN_BUGS }
 }
 
 /// The line of the last open that was refused in this process, for `durovfs_last_error()`: a

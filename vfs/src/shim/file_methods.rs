@@ -151,6 +151,11 @@ pub(super) unsafe extern "C" fn x_truncate(file: *mut sqlite3_file, size: i64) -
         if inner.is_inherited() {
             return sqlite::SQLITE_IOERR_TRUNCATE;
         }
+        if let (Kind::Wal(connection), 0) = (&inner.kind, size)
+            && let Err(refusal) = locked(connection).before_wal_ends()
+        {
+            return refusal.code();
+        }
         let code = call!(inner.real, xTruncate, size);
         if code == sqlite::SQLITE_OK {
             match &inner.kind {
@@ -208,10 +213,12 @@ pub(super) unsafe extern "C" fn x_lock(file: *mut sqlite3_file, level: c_int) ->
             return sqlite::SQLITE_IOERR_LOCK;
         }
         let code = call!(inner.real, xLock, level);
-        if let (sqlite::SQLITE_OK, Kind::Database(connection)) = (code, &inner.kind)
-            && level == sqlite::SQLITE_LOCK_RESERVED
-        {
-            locked(connection).reserved();
+        if let (sqlite::SQLITE_OK, Kind::Database(connection)) = (code, &inner.kind) {
+            match level {
+                sqlite::SQLITE_LOCK_RESERVED => locked(connection).reserved(),
+                sqlite::SQLITE_LOCK_EXCLUSIVE => locked(connection).exclusively_locked(),
+                _ => {}
+            }
         }
         code
     })

@@ -9,6 +9,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod host;
+mod old_bugs;
 mod recorder;
 mod recovery;
 mod work;

@@ -11,6 +11,7 @@ use super::recovery::{Committed, WalImage};
 use durovfs_wire::{DatabaseChecksum, PageChecksum, PageNo};
 use libsqlite3_sys as sqlite;
 use libsqlite3_sys::{sqlite3_file, sqlite3_io_methods, sqlite3_vfs};
+use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -90,6 +91,13 @@ pub fn completions(name: &str) -> u64 {
     state().databases.get(name).map_or(0, |w| w.completions)
 }
 
+/// Committed frames in the WAL.
+pub fn wal_frames(name: &str) -> usize {
+    let state = state();
+    let watched = state.databases.get(name);
+    watched.map_or(0, |watched| watched.wal.committed().frames)
+}
+
 /// The process dies at the next completing write.
 pub fn die_at_completion(name: &str, death: Death) {
     state().databases.get_mut(name).unwrap().death = Some(death);
@@ -165,12 +173,13 @@ unsafe extern "C" fn x_open(
             xClose: Some(x_close),
             xWrite: Some(x_write),
             xTruncate: Some(x_truncate),
+            xUnfetch: Some(x_unfetch),
             ..unsafe { *methods }
         };
         Box::leak(Box::new(table)) as *const sqlite3_io_methods as usize
     });
     let table = *table as *const sqlite3_io_methods;
-    // SAFETY: the file's own memory; all methods but three stay the host's.
+    // SAFETY: the file's own memory; all methods but these stay the host's.
     unsafe { (*file).pMethods = table };
     let methods = methods as usize;
     state
@@ -277,6 +286,25 @@ unsafe extern "C" fn x_truncate(file: *mut sqlite3_file, size: i64) -> c_int {
     }
     // SAFETY: SQLite's own arguments.
     unsafe { methods.xTruncate.unwrap()(file, size) }
+}
+
+thread_local! {
+    static AT_UNFETCH: RefCell<Option<Box<dyn FnOnce()>>> = const { RefCell::new(None) };
+}
+
+/// Runs once when this thread's SQLite gives back its memory map: a checkpoint does that when it
+/// has read the wal-index of somebody else's commit, and has not looked yet at what is copied.
+pub fn at_next_unfetch(what: impl FnOnce() + 'static) {
+    AT_UNFETCH.set(Some(Box::new(what)));
+}
+
+unsafe extern "C" fn x_unfetch(file: *mut sqlite3_file, offset: i64, page: *mut c_void) -> c_int {
+    if let Some(what) = AT_UNFETCH.take() {
+        what();
+    }
+    let methods = methods_of(file);
+    // SAFETY: SQLite's own arguments.
+    unsafe { methods.xUnfetch.unwrap()(file, offset, page) }
 }
 
 impl Watched {
