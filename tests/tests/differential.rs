@@ -145,8 +145,9 @@ fn databases(directory: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// A database with its WAL folded in, where a read-only connection was the last to close it. Its last page may be short: a backup of an empty database over one with larger
-/// pages leaves that; SQLite reads zeros there, and the log has whole pages.
+/// A database with its WAL folded in, where a read-only connection was the last to close it. Its
+/// last page may be short: a backup of an empty database over one with larger pages leaves that;
+/// SQLite reads zeros there, and the log has whole pages.
 fn whole_pages(database: &Path, scratch: &Path) -> Vec<u8> {
     let mut bytes = if beside(database, "-wal").exists() {
         image_of(database, scratch)

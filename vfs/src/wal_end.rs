@@ -1,9 +1,9 @@
 //! What must hold when a WAL ends, because it is begun again, truncated or deleted: the database
 //! file has all that was committed in it.
 //!
-//! SQLite before 3.51.3 can break that: a checkpoint that another connection overtakes counts frames
-//! as copied that it never saw, and their pages go with the WAL. The page table knows each page's
-//! checksum, so what is missing is found, and written from the WAL while it is still there.
+//! SQLite before 3.51.3 can break that: a checkpoint that another connection overtakes counts
+//! frames as copied that it never saw, and their pages go with the WAL. The page table knows each
+//! page's checksum, so what is missing is found, and written from the WAL while it is still there.
 
 use crate::connection::{Connection, LogLevel};
 use crate::error::Refusal;
@@ -89,7 +89,7 @@ impl Connection {
     }
 }
 
-/// The newest frame of each page in the WAL that the mark knows; none when another one stands there.
+/// The newest frame of each page in the WAL that the mark knows; none when another stands there.
 fn frames_of(
     wal: &dyn BaseFile,
     last: &KnownTransaction,

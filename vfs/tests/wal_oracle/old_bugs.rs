@@ -112,8 +112,8 @@ enum Ending {
 }
 
 /// A checkpoint is overtaken by a writer that begins the WAL anew, and counts the frames of the old
-/// WAL as copied from the new one. Then the new one grows to just that length, and ends. Returns how
-/// often the commit after that was refused.
+/// WAL as copied from the new one. Then the new one grows to just that length, and ends. Returns
+/// how often the commit after that was refused.
 fn overtaken_checkpoint(host: &'static Host, path: &Path, vfs: &CStr, ending: Ending) -> u32 {
     let writer = Rc::new(filled(host, path, vfs));
     let other = Db::open(host, path, vfs).unwrap();
