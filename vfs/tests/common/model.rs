@@ -15,7 +15,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// What becomes of a commit, when a test says so.
@@ -35,6 +35,8 @@ pub enum Fault {
     CommitAndDie,
     /// The process is gone before it is sent.
     Die,
+    /// Committed when the test lets it go, and not answered before.
+    Wait,
 }
 
 #[derive(Debug, Clone)]
@@ -72,6 +74,8 @@ pub struct ModelSink {
     sequence: AtomicU64,
     pub streamed_parts: AtomicU64,
     pub aborts: AtomicU64,
+    /// Whether a commit waits for the test.
+    waiting: AtomicBool,
 }
 
 pub fn id_of(name: &str) -> DatabaseId {
@@ -94,6 +98,21 @@ impl ModelSink {
     pub fn fault(&self, name: &str, faults: &[Fault]) {
         let mut state = self.state.lock().unwrap();
         state.faults.entry(id_of(name)).or_default().extend(faults);
+    }
+
+    /// Returns when a commit waits.
+    pub fn wait_for_commit(&self) {
+        while !self.waiting.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Lets the commit go that waits.
+    pub fn let_go(&self) {
+        assert!(
+            self.waiting.swap(false, Ordering::SeqCst),
+            "no commit waits"
+        );
     }
 
     /// Takes back what was queued and not used.
@@ -582,6 +601,13 @@ impl Sink for ModelSink {
                 die()
             }
             Fault::Die => die(),
+            Fault::Wait => {
+                self.waiting.store(true, Ordering::SeqCst);
+                while self.waiting.load(Ordering::SeqCst) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                self.append(database, commit, &payloads)
+            }
         }
     }
 

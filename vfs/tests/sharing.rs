@@ -1,0 +1,171 @@
+//! Several threads and processes on one database at once.
+
+#![allow(clippy::unwrap_used, reason = "what fails in a test fails the test")]
+
+mod common;
+
+use common::model::Fault;
+use common::*;
+use libsqlite3_sys as sqlite;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::Duration;
+
+/// Broken, threads with a connection each overtake each other at the gate.
+#[test]
+fn threads_write_at_once_through_connections_of_their_own() {
+    for journal in ["WAL", "TRUNCATE"] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let db = open(&path);
+        exec(
+            &db,
+            &format!("PRAGMA journal_mode={journal}; CREATE TABLE t(a, b)"),
+        );
+        let (threads, commits) = (4, 15);
+        let write = |thread: i64| {
+            let db = open(&path);
+            db.busy_timeout(Duration::from_secs(60)).unwrap();
+            exec(&db, "PRAGMA wal_autocheckpoint=7; PRAGMA cache_size=10");
+            for n in 0..commits {
+                let rows = if n % 5 == 0 { 40 } else { 1 };
+                exec(
+                    &db,
+                    &format!(
+                        "BEGIN IMMEDIATE; WITH n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n \
+                         WHERE i<{rows}) INSERT INTO t SELECT {thread}, randomblob(500) FROM n; \
+                         COMMIT"
+                    ),
+                );
+            }
+        };
+        std::thread::scope(|scope| {
+            for thread in 0..threads {
+                scope.spawn(move || write(thread));
+            }
+        });
+        let rows = threads * (3 * 40 + commits - 3);
+        assert_eq!(number(&db, "SELECT count(*) FROM t"), rows, "{journal}");
+        drop(db);
+        assert_level(&path);
+    }
+}
+
+/// Broken, a commit that waits for the quorum makes readers wait with it, shows them what is not
+/// committed, or gives a checkpoint what the log may never have.
+#[test]
+fn readers_go_on_while_a_commit_is_held() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.db");
+    let name = path.to_str().unwrap();
+    let db = open_wal(&path);
+    exec(&db, "CREATE TABLE t(a); INSERT INTO t VALUES (1)");
+    let other = open(&path);
+    other.busy_timeout(Duration::ZERO).unwrap();
+    sink().fault(name, &[Fault::Wait]);
+    let committing = std::thread::spawn(move || {
+        exec(&db, "INSERT INTO t VALUES (2)");
+        db
+    });
+    sink().wait_for_commit();
+    assert_eq!(number(&other, "SELECT count(*) FROM t"), 1);
+    let fresh = open(&path);
+    assert_eq!(number(&fresh, "SELECT count(*) FROM t"), 1);
+    // As any process reads the files that are on disk.
+    let copy = dir.path().join("copy.db");
+    for suffix in ["", "-wal"] {
+        let from = format!("{name}{suffix}");
+        let to = format!("{}{suffix}", copy.display());
+        assert!(
+            Command::new("cp")
+                .args([from, to])
+                .status()
+                .unwrap()
+                .success()
+        );
+    }
+    assert_eq!(number(&open_plain(&copy), "SELECT count(*) FROM t"), 1);
+    let busy = try_exec(&other, "INSERT INTO t VALUES (3)").unwrap_err();
+    assert_eq!(code(&busy) & 0xff, sqlite::SQLITE_BUSY);
+    assert_eq!(number(&other, "PRAGMA wal_checkpoint(PASSIVE)"), 0);
+    assert_eq!(number(&other, "PRAGMA wal_checkpoint(FULL)"), 1);
+    assert_eq!(number(&open_plain(&copy), "SELECT count(*) FROM t"), 1);
+    sink().let_go();
+    let db = committing.join().unwrap();
+    assert_eq!(number(&other, "SELECT count(*) FROM t"), 2);
+    exec(&other, "INSERT INTO t VALUES (3)");
+    drop((db, other, fresh));
+    assert_level(&path);
+}
+
+/// The process that is killed in the middle of a transaction. Does nothing when it is run as a
+/// test.
+#[test]
+fn transaction_child() {
+    let Ok(path) = std::env::var("DUROVFS_TRANSACTION_PATH") else {
+        return;
+    };
+    let db = open(Path::new(&path));
+    exec(
+        &db,
+        "PRAGMA cache_size=5; PRAGMA cache_spill=1; BEGIN IMMEDIATE; UPDATE t SET b = 0; \
+         WITH n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i<500) \
+         INSERT INTO t SELECT -1, randomblob(900) FROM n",
+    );
+    std::fs::write(format!("{path}.ready"), "").unwrap();
+    std::thread::sleep(Duration::from_secs(600));
+}
+
+fn spawn_transaction(path: &Path) -> Child {
+    let ready = PathBuf::from(format!("{}.ready", path.display()));
+    let _ = std::fs::remove_file(&ready);
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args(["transaction_child", "--exact"])
+        .env("DUROVFS_TRANSACTION_PATH", path)
+        .spawn()
+        .unwrap();
+    while !ready.exists() {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child
+}
+
+/// Broken, a process that dies with the write lock, pages of its transaction written already,
+/// leaves its lock, its pages, or a database that the others cannot write.
+#[test]
+fn others_go_on_when_the_writer_is_killed() {
+    for journal in ["WAL", "DELETE", "PERSIST"] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let db = open(&path);
+        exec(
+            &db,
+            &format!("PRAGMA journal_mode={journal}; CREATE TABLE t(a, b)"),
+        );
+        exec(
+            &db,
+            "WITH n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i<50) \
+             INSERT INTO t SELECT i, randomblob(900) FROM n",
+        );
+        for round in 1..=3 {
+            let mut child = spawn_transaction(&path);
+            db.busy_timeout(Duration::ZERO).unwrap();
+            let busy = try_exec(&db, "INSERT INTO t VALUES (1, 1)").unwrap_err();
+            assert_eq!(code(&busy) & 0xff, sqlite::SQLITE_BUSY, "{journal}");
+            child.kill().unwrap();
+            child.wait().unwrap();
+            let sum = number(&db, "SELECT count(*) FROM t WHERE a > 0 AND length(b) > 1");
+            assert_eq!(sum, 50, "{journal} {round}");
+            exec(&db, "INSERT INTO t VALUES (0, 1)");
+            let other = open(&path);
+            exec(&other, "INSERT INTO t VALUES (0, 2)");
+            assert_eq!(
+                number(&db, "SELECT count(*) FROM t"),
+                50 + 2 * round,
+                "{journal}"
+            );
+        }
+        drop(db);
+        assert_level(&path);
+    }
+}
