@@ -107,7 +107,7 @@ impl Connection {
         self.database.outside_checkpoints(&mut scan).map(drop)
     }
 
-    fn scan(
+    pub(crate) fn scan(
         &self,
         last: &KnownTransaction,
         wal: Option<(&dyn BaseFile, &WalSurvey)>,

@@ -8,9 +8,11 @@
 //! | none | exists | hydrate: write the file from the log |
 //! | equal | exists | open |
 //! | behind | exists | roll forward |
-//! | ahead or different | exists | refuse |
+//! | ahead or different | exists | refuse, until `durovfs resolve` decides (`open/resolution.rs`) |
 //!
 //! The first opener does this under SQLite's exclusive lock; who finds the database in use joins.
+
+mod resolution;
 
 use crate::connection::{Connection, LogLevel, Surroundings};
 use crate::deferred;
@@ -52,7 +54,10 @@ where
 {
     let deadline = Instant::now() + surroundings.open_timeout;
     loop {
-        let existing = Mark::open(path)?;
+        let existing = match resolution::pending(path)? {
+            Some(_) => None,
+            None => Mark::open(path)?,
+        };
         let known = existing.as_ref().map(|(_, state)| state.database);
         let log = open_log(&surroundings, name, known, path, deadline)?;
         if file.try_lock_exclusive()? {
@@ -160,6 +165,9 @@ impl Opener<'_> {
     fn run(&self) -> Result<Next, Refusal> {
         if self.has_hot_journal()? {
             return Ok(Next::RecoverJournal);
+        }
+        if let Some(resolution) = resolution::pending(self.path)? {
+            return self.carry_out(&resolution);
         }
         let mut existing = Mark::open(self.path)?;
         if let Some((mark, state)) = &mut existing
@@ -599,7 +607,13 @@ impl Opener<'_> {
         )))
     }
 
-    /// The whole image becomes the first transaction of the log.
+    /// Position of what a whole image is made on top of.
+    fn base_lsn(&self) -> Lsn {
+        let last = self.log.last_transaction;
+        last.map_or(Lsn::ZERO, |last| last.position.lsn)
+    }
+
+    /// The whole image becomes the next transaction of the log, of a new one the first.
     fn adopt(
         &self,
         content: &Content<'_>,
@@ -633,7 +647,7 @@ impl Opener<'_> {
         } = commit;
         let in_flight = Some(InFlight {
             origin,
-            base_lsn: Lsn::ZERO,
+            base_lsn: self.base_lsn(),
             checksum,
         });
         mark.write(&MarkState { in_flight, ..state })?;
@@ -690,7 +704,7 @@ impl Opener<'_> {
         let commit = CommitHeader {
             origin,
             time: Timestamp::default(),
-            base_lsn: Lsn::ZERO,
+            base_lsn: self.base_lsn(),
             page_size,
             page_count: content.header.page_count,
             slot_count: changes.len() as u32,

@@ -33,7 +33,9 @@ impl Connection {
             .inspect_err(|_| self.must_roll_forward = false)?;
         match state.last {
             Some(last) if state.wal.is_none() => self.check_database_file(&last)?,
-            _ => {}
+            // In this mode there is no WAL, and the mark knows of one: somebody took it away.
+            Some(last) => self.scan(&last, None)?,
+            None => {}
         }
         self.began_stamped = true;
         Ok(())

@@ -202,6 +202,8 @@ struct Inner {
 
 enum Kind {
     Plain,
+    /// The rollback journal of a protected database.
+    Journal,
     Database(Arc<Mutex<Connection>>),
     Wal(Arc<Mutex<Connection>>),
 }
@@ -230,6 +232,9 @@ fn kind_of(
     }
     if flags & sqlite::SQLITE_OPEN_WAL != 0 {
         return Ok(wal_kind(host, name, real));
+    }
+    if flags & sqlite::SQLITE_OPEN_MAIN_JOURNAL != 0 {
+        return Ok(database_of(host, name).map_or(Kind::Plain, |_| Kind::Journal));
     }
     let writable = flags & sqlite::SQLITE_OPEN_READWRITE != 0;
     if flags & sqlite::SQLITE_OPEN_MAIN_DB == 0 || !writable {
@@ -313,20 +318,30 @@ pub fn last_open_refusal() -> String {
     locked(&LAST_OPEN_REFUSAL).clone()
 }
 
-fn wal_kind(host: &'static Host, name: *const c_char, real: *mut sqlite3_file) -> Kind {
-    // SAFETY: SQLite opens a WAL with a name that it made together with its database's.
+/// The protected database that a WAL or a rollback journal with this name belongs to.
+fn database_of(host: &'static Host, name: *const c_char) -> Option<Arc<Mutex<Connection>>> {
+    // SAFETY: SQLite opens a WAL or a journal with a name that it made together with its
+    // database's.
     let database = unsafe { host.api.database_file_object(name) };
     if database.is_null() {
-        return Kind::Plain;
+        return None;
     }
     // SAFETY: an open file of this host.
     let table = unsafe { (*database).pMethods } as usize;
     if !locked(&host.methods).values().any(|ours| *ours == table) {
-        return Kind::Plain;
+        return None;
     }
-    // SAFETY: its method table is one of ours, so it is a file of ours.
+    // SAFETY: its method table is one of ours, so it is a file of ours, open as long as its WAL and
+    // its journal are.
     let inner = unsafe { &*(*database.cast::<ShimFile>()).inner };
-    let Kind::Database(connection) = &inner.kind else {
+    match &inner.kind {
+        Kind::Database(connection) => Some(Arc::clone(connection)),
+        _ => None,
+    }
+}
+
+fn wal_kind(host: &'static Host, name: *const c_char, real: *mut sqlite3_file) -> Kind {
+    let Some(connection) = database_of(host, name) else {
         return Kind::Plain;
     };
     // SAFETY: SQLite's names are C strings.
@@ -338,8 +353,8 @@ fn wal_kind(host: &'static Host, name: *const c_char, real: *mut sqlite3_file) -
         path,
         vfs_name,
     };
-    locked(connection).attach_wal(Box::new(wal));
-    Kind::Wal(Arc::clone(connection))
+    locked(&connection).attach_wal(Box::new(wal));
+    Kind::Wal(connection)
 }
 
 impl Host {

@@ -12,6 +12,7 @@ pub mod entry;
 pub mod ids;
 pub mod peer;
 pub mod position;
+pub mod resolution;
 pub mod status;
 pub mod wal;
 

@@ -107,6 +107,10 @@ pub(super) unsafe extern "C" fn x_read(
     offset: i64,
 ) -> c_int {
     with_file(file, |inner| {
+        if matches!(inner.kind, Kind::Journal) && inner.is_inherited() {
+            // Rolling back, the child would play its parent's journal back, and end it.
+            return sqlite::SQLITE_IOERR_READ;
+        }
         let code = call!(inner.real, xRead, out, bytes, offset);
         let Kind::Wal(connection) = &inner.kind else {
             return code;
@@ -137,7 +141,7 @@ pub(super) unsafe extern "C" fn x_write(
         // SAFETY: SQLite's buffer of that size.
         let buffer = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), bytes as usize) };
         match &inner.kind {
-            Kind::Plain => call!(inner.real, xWrite, data, bytes, offset),
+            Kind::Plain | Kind::Journal => call!(inner.real, xWrite, data, bytes, offset),
             Kind::Database(connection) => {
                 code_of(locked(connection).write_database(offset as u64, buffer))
             }
@@ -159,7 +163,7 @@ pub(super) unsafe extern "C" fn x_truncate(file: *mut sqlite3_file, size: i64) -
         let code = call!(inner.real, xTruncate, size);
         if code == sqlite::SQLITE_OK {
             match &inner.kind {
-                Kind::Plain => {}
+                Kind::Plain | Kind::Journal => {}
                 Kind::Database(connection) => locked(connection).database_truncated(),
                 Kind::Wal(connection) => {
                     return code_of(locked(connection).wal_truncated(size as u64));
@@ -172,7 +176,7 @@ pub(super) unsafe extern "C" fn x_truncate(file: *mut sqlite3_file, size: i64) -
 
 pub(super) unsafe extern "C" fn x_sync(file: *mut sqlite3_file, flags: c_int) -> c_int {
     with_file(file, |inner| match &inner.kind {
-        Kind::Plain => call!(inner.real, xSync, flags),
+        Kind::Plain | Kind::Journal => call!(inner.real, xSync, flags),
         Kind::Wal(connection) => {
             let needed = locked(connection).sync_wal();
             match needed {
@@ -334,7 +338,7 @@ pub(super) unsafe extern "C" fn x_device_characteristics(file: *mut sqlite3_file
     with_file(file, |inner| {
         let real = call!(inner.real, xDeviceCharacteristics);
         match inner.kind {
-            Kind::Plain => real,
+            Kind::Plain | Kind::Journal => real,
             // Without it SQLite pads a commit with copies of its last frame, and splits writes at
             // a sync. Batch writes are committed by the file system, out of the gate's sight.
             Kind::Database(_) | Kind::Wal(_) => {
