@@ -40,6 +40,7 @@ enum Command {
     Status(cli::status::StatusArgs),
     History(cli::history::HistoryArgs),
     Restore(cli::restore::RestoreArgs),
+    Resolve(cli::resolve::ResolveArgs),
 }
 
 fn main() -> ExitCode {
@@ -67,6 +68,7 @@ fn run(command: Command) -> Result<(), Failure> {
             Command::Status(args) => cli::status::run(args).await,
             Command::History(args) => cli::history::run(args).await,
             Command::Restore(args) => cli::restore::run(args).await,
+            Command::Resolve(args) => cli::resolve::run(args).await,
         }
     })
 }

@@ -8,14 +8,26 @@ use bytes::Bytes;
 use durovfs_link::{Endpoint, FrameReceiver, FrameSender, Identity, Profile};
 use durovfs_wire::client::{ClientMessage, SidecarMessage};
 use durovfs_wire::status::{DatabaseStatus, NodeStatus};
-use durovfs_wire::{ClientId, Frame};
+use durovfs_wire::{ClientId, DatabaseId, Frame, LogPosition};
 use std::time::Duration;
 
 /// Longest wait for a connection or an answer: a sidecar answers from memory, so that one which
 /// does not within this time is stopped or out of reach.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a sidecar may take to become a database's primary: a restarted one needs the promises
+/// of a quorum.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait for the goodbye to leave the socket.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// A log, as the sidecar opened it.
+#[derive(Debug, Clone, Copy)]
+pub struct OpenedLog {
+    /// The log.
+    pub database: DatabaseId,
+    /// Its last committed transaction; none when it has none.
+    pub last: Option<LogPosition>,
+}
 
 /// A connection to a sidecar for questions.
 pub struct Asker {
@@ -122,6 +134,34 @@ impl Asker {
         }
     }
 
+    /// Makes the sidecar the primary of a database, and asks where its log ends.
+    ///
+    /// # Errors
+    /// When it does not get there in time, or another host is the primary.
+    pub async fn open_log(&mut self, name: &str) -> Result<OpenedLog, Failure> {
+        self.requests += 1;
+        let question = ClientMessage::Open {
+            request: self.requests,
+            name: name.to_owned(),
+            known: None,
+            timeout_ms: OPEN_TIMEOUT.as_millis() as u64,
+        };
+        match self
+            .ask_within(&question, OPEN_TIMEOUT + ANSWER_TIMEOUT)
+            .await?
+        {
+            SidecarMessage::Opened {
+                database,
+                last_transaction,
+                ..
+            } => Ok(OpenedLog {
+                database,
+                last: last_transaction.map(|last| last.position),
+            }),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
     /// Says goodbye.
     pub async fn close(self) {
         self.endpoint.close("done");
@@ -129,14 +169,22 @@ impl Asker {
     }
 
     async fn ask(&mut self, question: &ClientMessage) -> Result<SidecarMessage, Failure> {
+        self.ask_within(question, ANSWER_TIMEOUT).await
+    }
+
+    async fn ask_within(
+        &mut self,
+        question: &ClientMessage,
+        limit: Duration,
+    ) -> Result<SidecarMessage, Failure> {
         let exchange = async {
             self.send(question).await?;
             self.next().await
         };
-        let problem = match tokio::time::timeout(ANSWER_TIMEOUT, exchange).await {
+        let problem = match tokio::time::timeout(limit, exchange).await {
             Ok(Ok(answer)) => return Ok(answer),
             Ok(Err(problem)) => problem,
-            Err(_) => format!("no answer within {ANSWER_TIMEOUT:?}"),
+            Err(_) => format!("no answer within {limit:?}"),
         };
         Err(Failure::new(
             EXIT_FAILED,
