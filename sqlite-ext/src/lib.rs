@@ -18,7 +18,7 @@ use crate::functions::Answer;
 use crate::host::{Host, MAX_HOSTS};
 use durovfs_vfs::ffi::{EntryPoint, ScalarFn, text};
 use durovfs_vfs::sink::Sink;
-use durovfs_vfs::{Api, ApiRoutines, FileStatus, Options, register};
+use durovfs_vfs::{Api, ApiRoutines, FileStatus, Options, register, shim};
 use durovfs_wire::status::ReplicaStatus;
 use libsqlite3_sys as sqlite;
 use libsqlite3_sys::{
@@ -151,7 +151,13 @@ unsafe extern "C" fn on_connection(
 /// `db` is a connection of this host that this thread may use.
 unsafe fn install(host: &'static Host, db: *mut sqlite3) -> Result<(), String> {
     let none = std::ptr::null_mut();
-    for (name, arguments, function) in &FUNCTIONS[host.index] {
+    let [(name, arguments, function), others @ ..] = &FUNCTIONS[host.index];
+    // SAFETY: the name is a constant, the connection is the caller's.
+    let code = unsafe { shim::watch(&host.api, db, name, *arguments, *function) };
+    if code != sqlite::SQLITE_OK {
+        return Err(format!("sqlite3_create_function_v2 returned {code}"));
+    }
+    for (name, arguments, function) in others {
         let (name, function) = (name.as_ptr(), Some(*function));
         let (arguments, flags) = (*arguments, sqlite::SQLITE_UTF8);
         // SAFETY: the name is a constant, the connection is the caller's.

@@ -6,8 +6,8 @@
 
 use crate::connection::FileStatus;
 use libsqlite3_sys::{
-    sqlite3, sqlite3_callback, sqlite3_context, sqlite3_file, sqlite3_module, sqlite3_value,
-    sqlite3_vfs,
+    sqlite3, sqlite3_callback, sqlite3_context, sqlite3_file, sqlite3_module, sqlite3_mutex,
+    sqlite3_stmt, sqlite3_value, sqlite3_vfs,
 };
 use std::ffi::{CStr, CString, c_char, c_int, c_uchar, c_void};
 
@@ -105,6 +105,8 @@ slots! {
     db_filename = 180 (db: *mut sqlite3, schema: *const c_char) -> *const c_char;
     /// `sqlite3_db_readonly`.
     db_readonly = 181 (db: *mut sqlite3, schema: *const c_char) -> c_int;
+    /// `sqlite3_db_mutex`; null when the connection has none.
+    db_mutex = 164 (db: *mut sqlite3) -> *mut sqlite3_mutex;
     /// `sqlite3_declare_vtab`.
     declare_vtab = 50 (db: *mut sqlite3, sql: *const c_char) -> c_int;
     /// `sqlite3_errmsg`.
@@ -132,6 +134,12 @@ slots! {
     libversion_number = 67 () -> c_int;
     /// `sqlite3_malloc64`.
     malloc64 = 197 (bytes: u64) -> *mut c_void;
+    /// `sqlite3_mutex_leave`.
+    mutex_leave = 133 (mutex: *mut sqlite3_mutex);
+    /// `sqlite3_mutex_try`.
+    mutex_try = 134 (mutex: *mut sqlite3_mutex) -> c_int;
+    /// `sqlite3_next_stmt`.
+    next_stmt = 152 (db: *mut sqlite3, after: *mut sqlite3_stmt) -> *mut sqlite3_stmt;
     /// `sqlite3_open_v2`.
     open_v2 = 135 (
         name: *const c_char, db: *mut *mut sqlite3, flags: c_int, vfs: *const c_char
@@ -152,6 +160,10 @@ slots! {
     result_text = 85 (
         context: *mut sqlite3_context, text: *const c_char, length: c_int, destructor: isize
     );
+    /// `sqlite3_sql`.
+    sql = 153 (statement: *mut sqlite3_stmt) -> *const c_char;
+    /// `sqlite3_stmt_busy`.
+    stmt_busy = 184 (statement: *mut sqlite3_stmt) -> c_int;
     /// `sqlite3_uri_boolean`.
     uri_boolean = 187 (name: *const c_char, key: *const c_char, default: c_int) -> c_int;
     /// `sqlite3_uri_parameter`.

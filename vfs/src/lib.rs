@@ -30,6 +30,7 @@ mod rollback_gate;
 pub mod shim;
 pub mod sink;
 pub mod survey;
+mod vacuum;
 mod wal_end;
 pub mod wal_tap;
 

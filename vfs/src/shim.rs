@@ -20,10 +20,13 @@ macro_rules! call {
 
 mod base_file;
 mod file_methods;
+mod vacuum_into;
 mod vfs_methods;
 
 use crate::connection::{Connection, LogFn, LogLevel, Surroundings};
+use crate::deferred::Durability;
 use crate::ffi::{Api, ApiRoutines, text};
+use crate::mark::mark_path;
 use crate::open;
 use crate::pragma::durability;
 use crate::sink::Sink;
@@ -37,6 +40,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use vfs_methods::*;
+
+pub use vacuum_into::watch;
 
 /// Alignment of the host's file object behind ours.
 const FILE_ALIGNMENT: usize = 16;
@@ -257,6 +262,11 @@ fn kind_of(
     if immutable || (given.is_none() && !(host.options.is_included)(&path)) {
         return Ok(Kind::Plain);
     }
+    if given.is_none() && !is_asked_for(host, name) && is_vacuum_target(host, &path) {
+        let line = format!("{}: not protected: made by VACUUM INTO", path.display());
+        host.tell(LogLevel::Info, &line);
+        return Ok(Kind::Plain);
+    }
     let durability = match durable.as_deref().map(durability).transpose() {
         Ok(durability) => durability.unwrap_or_default(),
         Err(message) => {
@@ -264,6 +274,18 @@ fn kind_of(
             return Err(sqlite::SQLITE_CANTOPEN);
         }
     };
+    let name = given.unwrap_or_else(|| path.to_string_lossy().into_owned());
+    protect(host, real, path, &name, durability)
+}
+
+/// Opens a protected database.
+fn protect(
+    host: &'static Host,
+    real: *mut sqlite3_file,
+    path: PathBuf,
+    name: &str,
+    durability: Durability,
+) -> Result<Kind, c_int> {
     let surroundings = Surroundings {
         sink: Arc::clone(&host.sink),
         log: host.options.log,
@@ -277,8 +299,7 @@ fn kind_of(
         path: path.clone(),
         vfs_name,
     };
-    let name = given.unwrap_or_else(|| path.to_string_lossy().into_owned());
-    match open::open(surroundings, &path, &name, file) {
+    match open::open(surroundings, &path, name, file) {
         Ok(mut connection) => {
             connection.warnings.extend(known_bugs(host));
             connection.distrusts_checkpoints = has_known_bugs(host);
@@ -291,6 +312,19 @@ fn kind_of(
             Err(sqlite::SQLITE_CANTOPEN)
         }
     }
+}
+
+/// Whether the URI names this VFS.
+fn is_asked_for(host: &Host, name: *const c_char) -> bool {
+    // SAFETY: the name of a main database carries its URI parameters.
+    let asked = unsafe { text(host.api.uri_parameter(name, c"vfs".as_ptr())) };
+    asked.is_some_and(|asked| asked.as_bytes() == host.options.vfs_name.to_bytes())
+}
+
+/// Whether a `VACUUM INTO` opens this file. It writes only to one that is empty, so that one with
+/// content is not adopted for its sake either.
+fn is_vacuum_target(host: &Host, path: &Path) -> bool {
+    !mark_path(path).exists() && vacuum_into::runs_here(&host.api)
 }
 
 /// What is known to be wrong with the host's SQLite.

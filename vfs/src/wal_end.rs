@@ -67,8 +67,9 @@ impl Connection {
             wal.read_at(&mut image, page_offset(last.page_size, frame))?;
             if PageChecksum::of(page_no, &image) != known {
                 return Err(Refusal::not_committed(format!(
-                    "page {page_no} is damaged, in the database file and in the WAL; close it and \
-                     use `durovfs resolve --keep log`"
+                    "page {page_no} is damaged, in the database file and in the WAL; close all \
+                     connections, then {}",
+                    self.mark.way_out()
                 )));
             }
             if missing == 0 {

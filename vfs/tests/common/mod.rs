@@ -31,6 +31,12 @@ pub fn table() -> *const durovfs_vfs::ApiRoutines {
         (50, sqlite::sqlite3_declare_vtab as *const ()),
         (53, sqlite::sqlite3_errmsg as *const ()),
         (183, sqlite::sqlite3_errstr as *const ()),
+        (164, sqlite::sqlite3_db_mutex as *const ()),
+        (133, sqlite::sqlite3_mutex_leave as *const ()),
+        (134, sqlite::sqlite3_mutex_try as *const ()),
+        (152, sqlite::sqlite3_next_stmt as *const ()),
+        (153, sqlite::sqlite3_sql as *const ()),
+        (184, sqlite::sqlite3_stmt_busy as *const ()),
         (55, sqlite::sqlite3_exec as *const ()),
         (166, sqlite::sqlite3_extended_errcode as *const ()),
         (127, sqlite::sqlite3_file_control as *const ()),
@@ -205,4 +211,14 @@ pub fn file_status(db: &Connection, schema: &std::ffi::CStr) -> Option<durovfs_v
             .unwrap()
             .file_status(db.handle(), schema)
     }
+}
+
+/// Tells the shim of a connection, as the extension does.
+pub fn watch(db: &Connection, function: durovfs_vfs::ffi::ScalarFn) {
+    // SAFETY: the table is a host's; the handle is open, and used by this thread only.
+    let code = unsafe {
+        let api = durovfs_vfs::Api::new(table()).unwrap();
+        durovfs_vfs::shim::watch(&api, db.handle(), c"durovfs_watched", 0, function)
+    };
+    assert_eq!(code, sqlite::SQLITE_OK);
 }
