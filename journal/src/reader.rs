@@ -98,7 +98,7 @@ impl Parts {
     }
 }
 
-fn read_part(segment: &Segment, location: Location) -> Result<EntryPart, JournalError> {
+pub(crate) fn read_part(segment: &Segment, location: Location) -> Result<EntryPart, JournalError> {
     let mut bytes = vec![0u8; location.bytes as usize];
     segment
         .file
@@ -107,7 +107,7 @@ fn read_part(segment: &Segment, location: Location) -> Result<EntryPart, Journal
     let damaged = |what: &str| JournalError::damaged(&segment.name, location.offset, what);
     let raw = RawRecord::parse(&bytes, segment.header.salt)
         .ok_or_else(|| damaged("record checksum mismatch"))?;
-    let Some(Stored::Part(header)) = raw.stored() else {
+    let Some(Stored::Part(header) | Stored::Moved(header)) = raw.stored() else {
         return Err(damaged("record is no part"));
     };
     let length = raw.payload.len();

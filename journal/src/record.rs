@@ -167,6 +167,8 @@ pub(crate) enum Stored {
         state: DatabaseState,
         /// The entry that is under way, and how many parts of it are there.
         pending: Option<(LogPosition, u32)>,
+        /// The last transaction below the first entry that is held, if it is known.
+        base: Option<TransactionSummary>,
     },
     /// Entries up to here are not needed any more, so that they are not held again after a restart.
     Dropped {
@@ -180,13 +182,15 @@ pub(crate) enum Stored {
     Mended {
         database: DatabaseId,
     },
+    /// A part of an entry that is held, once more: the segment that it was in is to go.
+    Moved(PartHeader),
 }
 
 impl Stored {
     pub(crate) fn database(&self) -> Option<DatabaseId> {
         match self {
             Self::Mark => None,
-            Self::Part(header) => Some(header.database),
+            Self::Part(header) | Self::Moved(header) => Some(header.database),
             Self::Promise { database, .. }
             | Self::Truncate { database, .. }
             | Self::Restart { database, .. }

@@ -5,11 +5,13 @@
 //! bounded by [`ENTRIES_MAX`]. `table/mending.rs` has what damage does to it. No I/O here.
 
 mod mending;
+mod moving;
 
 use crate::record::{DatabaseState, Stored};
 use durovfs_wire::entry::{CommitHeader, PartHeader, PartKind, TransactionSummary};
 use durovfs_wire::ids::{ClaimantId, DatabaseId};
 use durovfs_wire::position::{Epoch, EpochRun, LogPosition, Lsn};
+use moving::Moves;
 use std::collections::VecDeque;
 
 /// Most entries in the index, of all databases: with about 150 bytes for each, 600 MB. Reached only
@@ -38,6 +40,13 @@ enum Locations {
 }
 
 impl Locations {
+    fn of(locations: &[Location]) -> Self {
+        match locations {
+            [one] => Self::One(*one),
+            many => Self::Many(many.into()),
+        }
+    }
+
     fn as_slice(&self) -> &[Location] {
         match self {
             Self::One(location) => std::slice::from_ref(location),
@@ -50,6 +59,35 @@ impl Locations {
 enum Fact {
     Transaction(CommitHeader),
     EpochStart(Option<Box<TransactionSummary>>),
+}
+
+impl Fact {
+    /// What the last part of an entry says.
+    fn of(header: &PartHeader) -> Option<Self> {
+        match header.kind {
+            PartKind::EpochStart {
+                last_transaction, ..
+            } => Some(Self::EpochStart(last_transaction.map(Box::new))),
+            PartKind::Commit(commit) => Some(Self::Transaction(commit)),
+            PartKind::Pages { .. } => None,
+        }
+    }
+
+    /// The last transaction through this entry, given the one before it.
+    fn transaction(
+        &self,
+        position: LogPosition,
+        before: Option<TransactionSummary>,
+    ) -> Option<TransactionSummary> {
+        match self {
+            Self::Transaction(commit) => Some(TransactionSummary {
+                position,
+                commit: *commit,
+            }),
+            Self::EpochStart(None) => before,
+            Self::EpochStart(Some(summary)) => Some(**summary),
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -133,7 +171,7 @@ impl Head {
             }
             Stored::State { state, .. } => self.admit_state(state)?,
             Stored::Damaged { first_lsn, .. } => self.admit_damage(*first_lsn, table)?,
-            Stored::Mended { .. } => {}
+            Stored::Mended { .. } | Stored::Moved(_) => {}
             Stored::Dropped { through, .. } => {
                 if *through > self.commit_lsn {
                     let commit_lsn = self.commit_lsn;
@@ -309,6 +347,7 @@ pub(crate) struct Table {
     base_bytes: u64,
     /// How often entries were cut off: a reader that began before must not go on.
     cuts: u64,
+    moves: Moves,
 }
 
 impl Table {
@@ -336,6 +375,7 @@ impl Table {
             base_transaction,
             base_bytes: 0,
             cuts: 0,
+            moves: Moves::default(),
         }
     }
 
@@ -357,6 +397,7 @@ impl Table {
         Stored::State {
             state: self.state.clone(),
             pending,
+            base: self.base_transaction,
         }
     }
 
@@ -409,7 +450,10 @@ impl Table {
                 self.trim_history();
             }
             Stored::Dropped { through, .. } => self.drop_through(*through),
-            Stored::State { state, pending } => *self = Self::from_state(state.clone(), *pending),
+            Stored::State { state, pending, .. } => {
+                *self = Self::from_state(state.clone(), *pending);
+            }
+            Stored::Moved(header) => self.apply_moved(header, location),
             Stored::Damaged { first_lsn, .. } => self.lose_from(*first_lsn),
             Stored::Mended { .. } => self.state.mending = false,
         }
@@ -437,12 +481,8 @@ impl Table {
         let Some(pending) = self.pending.take() else {
             return;
         };
-        let fact = match header.kind {
-            PartKind::EpochStart {
-                last_transaction, ..
-            } => Fact::EpochStart(last_transaction.map(Box::new)),
-            PartKind::Commit(commit) => Fact::Transaction(commit),
-            PartKind::Pages { .. } => return,
+        let Some(fact) = Fact::of(header) else {
+            return;
         };
         let runs = &mut self.state.history;
         if runs.last().is_none_or(|run| run.epoch != position.epoch) {
@@ -457,10 +497,7 @@ impl Table {
             .entries
             .back()
             .map_or(self.base_bytes, |e| e.bytes_through);
-        let locations = match pending.locations.as_slice() {
-            [one] => Locations::One(*one),
-            many => Locations::Many(many.into()),
-        };
+        let locations = Locations::of(&pending.locations);
         let epoch = position.epoch;
         self.entries.push_back(IndexEntry {
             epoch,
@@ -497,11 +534,13 @@ impl Table {
         }
         self.pending = None;
         self.cuts += 1;
+        self.moves.truncate_after(after.lsn);
     }
 
     fn restart(&mut self, at: LogPosition) {
         let state = &mut self.state;
         self.entries.clear();
+        self.moves = Moves::default();
         self.base_transaction = None;
         self.base_bytes = 0;
         self.pending = None;
@@ -522,15 +561,12 @@ impl Table {
 
     /// Forgets where the entries up to here are.
     pub(crate) fn drop_through(&mut self, lsn: Lsn) {
+        self.moves.drop_through(lsn);
         while self.state.first_lsn <= lsn
             && let Some(entry) = self.entries.pop_front()
         {
             let position = LogPosition::new(entry.epoch, self.state.first_lsn);
-            self.base_transaction = match entry.fact {
-                Fact::Transaction(commit) => Some(TransactionSummary { position, commit }),
-                Fact::EpochStart(None) => self.base_transaction,
-                Fact::EpochStart(Some(summary)) => Some(*summary),
-            };
+            self.base_transaction = entry.fact.transaction(position, self.base_transaction);
             self.base_bytes = entry.bytes_through;
             self.state.first_lsn = self.state.first_lsn.next();
         }
@@ -633,15 +669,14 @@ impl Table {
 
     /// The oldest segment that something of this database is needed from.
     pub(crate) fn oldest_segment(&self) -> Option<u64> {
+        // In the order of the log, unless some were moved.
+        let looked_at = if self.moves.any { usize::MAX } else { 1 };
         let first = self
             .entries
-            .front()
-            .and_then(|e| e.locations.as_slice().first());
+            .iter()
+            .take(looked_at)
+            .flat_map(|entry| entry.locations.as_slice());
         let pending = self.pending.as_ref().and_then(|p| p.locations.first());
-        first
-            .into_iter()
-            .chain(pending)
-            .map(|location| location.segment)
-            .min()
+        first.chain(pending).map(|location| location.segment).min()
     }
 }

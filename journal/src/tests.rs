@@ -3,6 +3,7 @@
 mod support;
 
 mod basics;
+mod compact;
 mod limits;
 mod mending;
 mod model;

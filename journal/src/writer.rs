@@ -6,6 +6,8 @@
 //! goes to a fresh one, whose header says which sequence it begins with, so that recovery takes
 //! nothing of the failed batch for part of the journal.
 
+mod compact;
+
 use crate::block::{Blocks, cuts};
 use crate::error::JournalError;
 use crate::format::{SEGMENT_HEADER_BYTES, SegmentHeader, encode_record, record_bytes};
@@ -198,6 +200,7 @@ impl Writer {
         if clean {
             self.delete_unneeded();
         }
+        self.compact();
         self.want_spare();
     }
 
@@ -773,6 +776,7 @@ fn to_stored(record: &Record, table: Option<&Table>) -> (Stored, Bytes) {
             archive_lsn,
         },
         Record::State(state) => Stored::State {
+            base: state.last_transaction,
             state,
             pending: None,
         },

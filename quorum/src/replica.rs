@@ -446,6 +446,11 @@ impl Replica {
         }
     }
 
+    /// Everything up to here is confirmed in the object store, whoever put it there.
+    pub fn handle_archived(&mut self, lsn: Lsn) {
+        self.hear_progress(self.commit_lsn, lsn.min(self.commit_lsn));
+    }
+
     fn hear_progress(&mut self, commit_lsn: Lsn, archive_lsn: Lsn) {
         self.commit_lsn_heard = self.commit_lsn_heard.max(commit_lsn);
         self.archive_lsn_heard = self.archive_lsn_heard.max(archive_lsn.min(commit_lsn));

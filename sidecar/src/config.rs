@@ -16,6 +16,9 @@ use std::time::Duration;
 pub const DEFAULT_CHUNK_INTERVAL: Duration = Duration::from_secs(10);
 /// … or when this much of them has come together: large enough that requests cost little.
 pub const DEFAULT_CHUNK_BYTES: u64 = 16 << 20;
+/// A primary that was silent for this long is taken to be gone as far as the archive goes: above a
+/// restart of its sidecar, or of its host. Two that upload the same do no harm.
+pub const DEFAULT_ORPHAN_AFTER: Duration = Duration::from_secs(60);
 /// Size of a journal file: dropped as a whole, so not too large; made ahead, so not too small.
 pub const DEFAULT_SEGMENT_BYTES: u64 = 64 << 20;
 /// What a journal may take when the archive cannot be reached: hours of ordinary writing.
@@ -62,6 +65,8 @@ pub struct ArchiveConfig {
     pub chunk_interval: Duration,
     /// Bytes of committed entries after which an upload begins.
     pub chunk_bytes: u64,
+    /// How long a primary may be silent until a replica uploads in its place.
+    pub orphan_after: Duration,
 }
 
 /// The node's journal.
@@ -153,6 +158,7 @@ struct RawArchive {
     url: String,
     chunk_interval: Option<String>,
     chunk_bytes: Option<String>,
+    orphan_after: Option<String>,
 }
 
 #[derive(Deserialize, Default)]
@@ -332,10 +338,16 @@ impl Source<'_> {
             DEFAULT_CHUNK_BYTES,
             MIN_CHUNK_BYTES,
         )?;
+        let orphan_after = self.interval(
+            "archive.orphan_after",
+            raw.orphan_after.as_deref(),
+            DEFAULT_ORPHAN_AFTER,
+        )?;
         Ok(ArchiveConfig {
             url: raw.url,
             chunk_interval,
             chunk_bytes,
+            orphan_after,
         })
     }
 

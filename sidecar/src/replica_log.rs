@@ -207,6 +207,12 @@ impl ReplicaLog {
         self.note_archived();
     }
 
+    /// The store has confirmed all up to here, which this node uploaded itself or found there.
+    pub fn handle_archived(&mut self, lsn: Lsn) {
+        self.machine.handle_archived(lsn);
+        self.note_archived();
+    }
+
     /// The primary told how far a log that is mending must reach.
     pub fn handle_mend(&mut self, epoch: Epoch, lsn: Lsn) {
         self.machine.handle_mend(epoch, lsn);

@@ -150,6 +150,26 @@ impl Cluster {
         self.path().join("nodes").join(node)
     }
 
+    /// Changes a setting in a node's `sidecar.toml`; it counts from the node's next start.
+    ///
+    /// # Panics
+    /// When the file does not have it exactly once.
+    pub fn set(&self, node: &str, key: &str, value: &str) {
+        let file = self.node_path(node).join("sidecar.toml");
+        let text = std::fs::read_to_string(&file).expect("read sidecar.toml");
+        let mut count = 0;
+        let lines = text.lines().map(|line| {
+            if line.split(" = ").next() != Some(key) {
+                return line.to_owned();
+            }
+            count += 1;
+            format!("{key} = \"{value}\"")
+        });
+        let text: Vec<String> = lines.collect();
+        assert_eq!(count, 1, "{key} in {}", file.display());
+        std::fs::write(&file, text.join("\n") + "\n").expect("write sidecar.toml");
+    }
+
     /// Names of the replicas.
     pub fn replicas(&self) -> Vec<String> {
         (1..=self.options.replicas)

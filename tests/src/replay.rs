@@ -68,6 +68,29 @@ fn copy_journal(from: &Path, to: &Path) {
     }
 }
 
+/// The first entry of a database that a journal holds.
+///
+/// # Panics
+/// When the journal cannot be read, or knows nothing of the database.
+pub fn first_lsn(journal_directory: &Path, name: &Path) -> u64 {
+    let (journal, states) = open(journal_directory);
+    journal.close();
+    let name = name.to_string_lossy();
+    let state = states.into_iter().find(|state| state.name == name);
+    state.expect("the database").first_lsn.get()
+}
+
+fn open(journal_directory: &Path) -> (Journal, Vec<DatabaseState>) {
+    Journal::open(JournalOptions {
+        directory: journal_directory.to_owned(),
+        sync: false,
+        segment_bytes: 64 << 20,
+        limit_bytes: 16 << 30,
+        mend: false,
+    })
+    .unwrap_or_else(|error| panic!("open {}: {error}", journal_directory.display()))
+}
+
 /// Replays every committed entry of a database from its first on, out of a copy of a journal.
 ///
 /// # Panics
@@ -87,14 +110,7 @@ pub fn replay_all(
     journal_directory: &Path,
     wanted: &dyn Fn(&str) -> bool,
 ) -> BTreeMap<String, Replayed> {
-    let (journal, states) = Journal::open(JournalOptions {
-        directory: journal_directory.to_owned(),
-        sync: false,
-        segment_bytes: 64 << 20,
-        limit_bytes: 16 << 30,
-        mend: false,
-    })
-    .unwrap_or_else(|error| panic!("open {}: {error}", journal_directory.display()));
+    let (journal, states) = open(journal_directory);
     let states = states.into_iter().filter(|state| wanted(&state.name));
     let replayed = states
         .map(|state| (state.name.clone(), replay_database(&journal, state)))

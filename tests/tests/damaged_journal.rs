@@ -17,19 +17,6 @@ const REPORTED: &str = "going on with what is left";
 const FOUND_RUNNING: &str = "an entry cannot be read";
 const WHOLE: &str = "the damaged log is whole again";
 
-/// Small segments, so that there are some, and a scrub that does not let a test wait.
-fn configure(cluster: &Cluster, node: &str) {
-    let file = cluster.node_path(node).join("sidecar.toml");
-    let text = std::fs::read_to_string(&file).expect("read sidecar.toml");
-    let lines = text.lines().map(|line| match line.split(" = ").next() {
-        Some("segment_bytes") => "segment_bytes = \"4MiB\"",
-        Some("scrub_interval") => "scrub_interval = \"500ms\"",
-        _ => line,
-    });
-    let text: Vec<&str> = lines.collect();
-    std::fs::write(&file, text.join("\n") + "\n").expect("write sidecar.toml");
-}
-
 fn times_logged(cluster: &Cluster, node: &str, what: &str) -> usize {
     let log = std::fs::read(cluster.node_path(node).join("sidecar.log")).expect("read the log");
     String::from_utf8_lossy(&log).matches(what).count()
@@ -82,7 +69,9 @@ fn damaged_journals_are_reported_and_mended_while_commits_go_on() {
     let mut cluster = Cluster::start(ClusterOptions::journals_keep_all());
     for node in cluster.replicas() {
         cluster.kill(&node);
-        configure(&cluster, &node);
+        // Small segments, so that there are some, and a scrub that does not let a test wait.
+        cluster.set(&node, "segment_bytes", "4MiB");
+        cluster.set(&node, "scrub_interval", "500ms");
         // Nothing is in it yet, and it keeps the size that it was begun with.
         let empty = segments(&cluster, &node);
         empty

@@ -145,6 +145,8 @@ pub enum ReplicaMessage {
         sequence: u64,
         /// Why the replica takes no entries now (disk full, damage), if so.
         trouble: Option<String>,
+        /// How much of what its journal may take is taken, in percent.
+        journal_percent: u8,
     },
 }
 

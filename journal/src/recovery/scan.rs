@@ -136,7 +136,7 @@ impl Scan {
             self.holes.doubts.entry(database).or_insert(Doubt::Open);
         }
         let doubt = self.holes.doubts.get(&database).copied();
-        if let Stored::State { state, pending } = stored {
+        if let Stored::State { state, pending, .. } = stored {
             self.holes.open = false;
             // A state that is mending was written by a recovery that knew what is missing.
             let was_cut = state.mending && known && !self.is_mending(database);
@@ -199,13 +199,18 @@ impl Scan {
             if !oldest && state.commit_lsn != state.last.lsn {
                 return Err("state of a database that was never mentioned before".to_owned());
             }
-            let table = Table::from_state(state.clone(), pending);
+            let base = match stored {
+                Stored::State { base, .. } => *base,
+                _ => None,
+            };
+            let table = Table::from_restated(state.clone(), pending, base);
             self.tables.insert(state.database, table);
             return Ok(());
         };
         let Stored::State {
             state: mut ours,
             pending: ours_pending,
+            ..
         } = table.restated()
         else {
             return Ok(());
@@ -252,6 +257,7 @@ impl Scan {
             self.recall_promises(disk, oldest)?;
         }
         for table in self.tables.values_mut() {
+            table.settle_moved();
             let state = table.state();
             // Entries that are not there must have been dropped, and only committed ones are.
             let missing = state.first_lsn.previous().unwrap_or_default();

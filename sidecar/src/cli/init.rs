@@ -4,7 +4,8 @@ use super::layout::{self, ClientEntry};
 use super::{EXIT_USAGE, Failure};
 use crate::config::{
     ArchiveConfig, DEFAULT_CHUNK_BYTES, DEFAULT_CHUNK_INTERVAL, DEFAULT_JOURNAL_LIMIT_BYTES,
-    DEFAULT_SCRUB_INTERVAL, DEFAULT_SEGMENT_BYTES, JournalConfig, SidecarConfig, parse_archive_url,
+    DEFAULT_ORPHAN_AFTER, DEFAULT_SCRUB_INTERVAL, DEFAULT_SEGMENT_BYTES, JournalConfig,
+    SidecarConfig, parse_archive_url,
 };
 use clap::Args;
 use durovfs_link::authority::CA_KEY_FILE;
@@ -153,6 +154,7 @@ pub fn node_config(
             url: url.clone(),
             chunk_interval: DEFAULT_CHUNK_INTERVAL,
             chunk_bytes: DEFAULT_CHUNK_BYTES,
+            orphan_after: DEFAULT_ORPHAN_AFTER,
         }),
         journal: JournalConfig {
             segment_bytes: DEFAULT_SEGMENT_BYTES,

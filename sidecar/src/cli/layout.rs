@@ -159,13 +159,16 @@ fn render_sidecar(node_directory: &Path, config: &SidecarConfig) -> String {
         url,
         chunk_interval,
         chunk_bytes,
+        orphan_after,
     }) = &config.archive
     {
         let _ = write!(
             text,
-            "\n[archive]\nurl = {}\nchunk_interval = \"{}ms\"\nchunk_bytes = \"{chunk_bytes}\"\n",
+            "\n[archive]\nurl = {}\nchunk_interval = \"{}ms\"\nchunk_bytes = \"{chunk_bytes}\"\n\
+             orphan_after = \"{}ms\"\n",
             quoted(url),
             chunk_interval.as_millis(),
+            orphan_after.as_millis(),
         );
     }
     for (name, address) in &config.nodes {
@@ -222,6 +225,7 @@ mod tests {
                 url: "file:///a b".to_owned(),
                 chunk_interval: Duration::from_millis(250),
                 chunk_bytes: 1 << 20,
+                orphan_after: Duration::from_secs(7),
             }),
             journal: JournalConfig {
                 segment_bytes: 8 << 20,

@@ -98,6 +98,11 @@ pub enum Event {
         database: DatabaseId,
         result: Result<super::uploader::Uploaded, String>,
     },
+    /// An upload in the place of a silent primary has ended.
+    OrphanUploaded {
+        database: DatabaseId,
+        result: Result<super::uploader::Uploaded, String>,
+    },
     /// A snapshot has been made, or not.
     SnapshotMade {
         database: DatabaseId,

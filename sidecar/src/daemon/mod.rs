@@ -6,9 +6,11 @@
 
 mod bookmark;
 mod bulk;
+mod crowding;
 mod event;
 mod feed;
 mod node;
+mod orphans;
 mod outbox;
 mod peers;
 mod primary;

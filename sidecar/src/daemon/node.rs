@@ -1,6 +1,7 @@
 //! The actor: owns all state, takes events, and drives the state machines. One thread, no locks.
 
 use super::bulk::JournalEvents;
+use super::crowding::{HeldAnswers, percent_taken};
 use super::event::{Event, EventSender, JournalEvent, SessionId};
 use super::peers::Peer;
 use super::primary::PrimaryDatabase;
@@ -19,8 +20,6 @@ use std::time::{Duration, Instant};
 
 /// Membership generation of databases whose five were never changed.
 const FIRST_GENERATION: u32 = 1;
-/// Our own journal must have this share of its limit free to take another commit, in percent.
-const JOURNAL_FREE_PERCENT: u64 = 5;
 /// How long a stopping node waits for commits in flight and for its last uploads.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
@@ -59,8 +58,12 @@ pub struct Node {
     pub commits_untold: BTreeSet<DatabaseId>,
     /// Databases with committed entries that are not in the archive.
     pub uploads_due: BTreeSet<DatabaseId>,
-    /// Whether our own journal takes no further commit.
-    pub journal_crowded: bool,
+    /// How full our own journal is.
+    pub own_percent: u8,
+    /// Answers that are held back because the journals fill up.
+    pub held_answers: HeldAnswers,
+    /// When replicas whose primary is silent were last looked for.
+    pub orphans_looked: Option<Instant>,
     membership: Membership,
     stopping_since: Option<Instant>,
 }
@@ -97,7 +100,9 @@ impl Node {
             next_request: 0,
             commits_untold: BTreeSet::new(),
             uploads_due: BTreeSet::new(),
-            journal_crowded: false,
+            own_percent: 0,
+            held_answers: HeldAnswers::default(),
+            orphans_looked: None,
             membership,
             stopping_since: None,
         })
@@ -252,6 +257,9 @@ impl Node {
                 self.handle_bulk_progress(database, &node, feed);
             }
             Event::Uploaded { database, result } => self.handle_uploaded(database, result),
+            Event::OrphanUploaded { database, result } => {
+                self.handle_orphan_uploaded(database, result);
+            }
             Event::SnapshotMade { database, result } => {
                 self.handle_snapshot_made(database, result);
             }
@@ -315,8 +323,9 @@ impl Node {
     pub fn handle_tick(&mut self) {
         let now = Instant::now();
         // Once a tick, not once a commit: it looks at every database.
-        let usage = self.primary_journal.usage();
-        self.journal_crowded = usage.bytes > usage.limit_bytes / 100 * (100 - JOURNAL_FREE_PERCENT);
+        self.own_percent = percent_taken(&self.primary_journal.usage());
+        let held = if self.is_stopping() { None } else { Some(now) };
+        self.held_answers.release(held);
         self.tick_damage();
         for peer in self.peers.values_mut() {
             peer.tick(now);
@@ -331,6 +340,7 @@ impl Node {
         self.tick_waiters(now);
         self.tell_progress();
         self.tick_uploads(now);
+        self.tick_orphans(now);
     }
 
     /// Begins to stop: no new commits, what is in flight ends, open chunks are uploaded.
@@ -349,10 +359,11 @@ impl Node {
         let Some(since) = self.stopping_since else {
             return false;
         };
-        let busy = self.primaries.values().any(|db| {
-            db.pending.iter().any(|pending| !pending.waiters.is_empty())
-                || (self.store.is_some() && db.has_unarchived())
-        });
+        let busy = !self.held_answers.is_empty()
+            || self.primaries.values().any(|db| {
+                db.pending.iter().any(|pending| !pending.waiters.is_empty())
+                    || (self.store.is_some() && db.has_unarchived())
+            });
         !busy || since.elapsed() > STOP_LIMIT
     }
 

@@ -28,6 +28,8 @@ pub struct Peer {
     pub last_error: Option<String>,
     /// What the node says is wrong with it.
     pub trouble: Option<String>,
+    /// How full it says that its journal is.
+    pub journal_percent: u8,
     connecting: bool,
 }
 
@@ -53,6 +55,7 @@ impl Peer {
             link: None,
             last_error: None,
             trouble: None,
+            journal_percent: 0,
             connecting: false,
         }
     }

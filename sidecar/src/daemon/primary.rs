@@ -383,8 +383,8 @@ impl Node {
                 db.feeds.len()
             ));
         }
-        if self.journal_crowded {
-            return refuse("the primary's journal is full: is the archive reachable?".to_owned());
+        if let Some(reason) = self.crowding(db).refusal() {
+            return refuse(reason);
         }
         let Some(lsn) = db.machine.next_lsn() else {
             return refuse("the log is being opened".to_owned());
@@ -674,6 +674,8 @@ impl Node {
 
     /// The pending commits up to this position are committed.
     pub fn settle_committed(&mut self, database: DatabaseId, through: LogPosition) {
+        let crowding = self.primaries.get(&database).map(|db| self.crowding(db));
+        let delay = crowding.map_or(Duration::ZERO, |crowding| crowding.delay());
         let Some(db) = self.primaries.get_mut(&database) else {
             return;
         };
@@ -684,11 +686,9 @@ impl Node {
             db.last_transaction = Some(pending.summary);
             db.note_settled(pending.summary.commit.origin);
             let position = pending.summary.position;
-            answer_commit(
-                database,
-                pending.waiters,
-                &CommitOutcome::Committed { position },
-            );
+            let outcome = CommitOutcome::Committed { position };
+            self.held_answers
+                .answer(delay, database, pending.waiters, outcome);
         }
     }
 

@@ -310,8 +310,13 @@ impl Node {
         };
         link.heard();
         let database = match &message {
-            ReplicaMessage::Pong { trouble, .. } => {
+            ReplicaMessage::Pong {
+                trouble,
+                journal_percent,
+                ..
+            } => {
                 peer.trouble.clone_from(trouble);
+                peer.journal_percent = *journal_percent;
                 return;
             }
             ReplicaMessage::Found { request, databases } => {

@@ -2,8 +2,10 @@
 //! wire. What of it is on disk when is in there.
 
 use super::bulk;
+use super::crowding::percent_taken;
 use super::event::{JournalEvent, Permit};
 use super::node::Node;
+use super::orphans::OrphanState;
 use super::outbox::Outbox;
 use bytes::Bytes;
 use durovfs_journal::{DamagedEntry, DatabaseState};
@@ -25,6 +27,8 @@ pub struct ReplicaDatabase {
     pub log: ReplicaLog,
     /// The node that appended last.
     holder: Option<NodeName>,
+    /// What is done in the place of a primary that is gone.
+    pub orphan: OrphanState,
 }
 
 /// A node whose connection to us stands.
@@ -43,6 +47,7 @@ impl ReplicaDatabase {
             name,
             log,
             holder: None,
+            orphan: OrphanState::default(),
         }
     }
 }
@@ -62,6 +67,7 @@ impl Node {
                 outbox.answer(&ReplicaMessage::Pong {
                     sequence,
                     trouble: self.replica_trouble(),
+                    journal_percent: percent_taken(&self.replica_journal.usage()),
                 });
             }
             PrimaryMessage::Find { request, name } => {

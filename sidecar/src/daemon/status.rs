@@ -111,6 +111,7 @@ impl Node {
             }
             _ => warnings.push("the log is not open: waiting for a quorum of replicas".to_owned()),
         }
+        warnings.extend(self.crowding(db).warning());
         warnings.extend(
             db.own_trouble
                 .iter()
@@ -192,13 +193,17 @@ impl Node {
                 .map_or_else(String::new, |last| last.commit.checksum.to_string()),
             archive_url: None,
             replicas: Vec::new(),
-            warnings: replica
-                .log
-                .machine()
-                .is_mending()
-                .then(|| MENDING_WARNING.to_owned())
-                .into_iter()
-                .collect(),
+            warnings: replica_warnings(replica),
         }
     }
+}
+
+fn replica_warnings(replica: &ReplicaDatabase) -> Vec<String> {
+    let mending = replica.log.machine().is_mending();
+    let mut warnings: Vec<String> = mending
+        .then(|| MENDING_WARNING.to_owned())
+        .into_iter()
+        .collect();
+    warnings.extend(replica.orphan.warning());
+    warnings
 }

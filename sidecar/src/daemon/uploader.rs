@@ -177,9 +177,12 @@ impl Node {
         let usage = self.primary_journal.usage();
         let journal = self.primary_journal.clone();
         let crowded = usage.bytes > usage.limit_bytes / KEEP_ARCHIVED_SHARE;
+        // The newest of them stays: with it a replica that lacks all of them is level, also when
+        // nothing is committed any more.
+        let drop_through = archive_lsn.previous().unwrap_or_default();
         if crowded {
             // Told first: no feed begins at an entry that is about to go.
-            db.machine.handle_retained(archive_lsn.next());
+            db.machine.handle_retained(archive_lsn);
         }
         self.primary_journal.append(
             vec![Record::Progress {
@@ -188,7 +191,7 @@ impl Node {
                 archive_lsn,
             }],
             Box::new(move |result| match result {
-                Ok(()) if crowded => journal.drop_through(database, archive_lsn),
+                Ok(()) if crowded => journal.drop_through(database, drop_through),
                 Ok(()) => {}
                 Err(error) => tracing::warn!(%database, %error, "progress was not written"),
             }),
@@ -247,14 +250,22 @@ impl Node {
     }
 }
 
-struct UploadJob {
-    journal: Journal,
-    store: Arc<dyn Store>,
-    identity: LogIdentity,
-    range: (Lsn, Lsn),
-    chunk_bytes: u64,
-    scratch: PathBuf,
-    read_listing: bool,
+/// A range of a log that is to be in the store.
+pub struct UploadJob {
+    /// Where it is read.
+    pub journal: Journal,
+    /// Where it goes.
+    pub store: Arc<dyn Store>,
+    /// Whose it is.
+    pub identity: LogIdentity,
+    /// First and last entry, both committed.
+    pub range: (Lsn, Lsn),
+    /// About where the chunk ends.
+    pub chunk_bytes: u64,
+    /// For temporary files.
+    pub scratch: PathBuf,
+    /// Whether the store may have some of it already.
+    pub read_listing: bool,
 }
 
 fn spawn_upload(job: UploadJob, events: EventSender) {
@@ -265,7 +276,8 @@ fn spawn_upload(job: UploadJob, events: EventSender) {
     });
 }
 
-async fn upload(job: UploadJob) -> Result<Uploaded, String> {
+/// Uploads the beginning of the range as one chunk, or finds that the store has it.
+pub async fn upload(job: UploadJob) -> Result<Uploaded, String> {
     let LogIdentity { database, name } = job.identity.clone();
     if job.read_listing {
         // After a restart the store may be ahead of what our own journal noted.
