@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod chunk;
+pub mod entries;
 mod fields;
 pub mod index;
 pub mod layout;

@@ -173,6 +173,8 @@ pub struct Primary {
     /// First entry that the own journal is sure to hold, where the driver tells it.
     retained_lsn: Option<Lsn>,
     bury: Option<Bury>,
+    /// Claims count although another node is a live primary.
+    forced: bool,
     nodes: BTreeMap<NodeName, Node>,
     effects: VecDeque<PrimaryEffect>,
 }
@@ -277,6 +279,7 @@ impl Primary {
             archive_lsn_heard: local.archive_lsn.max(gone_lsn),
             retained_lsn: None,
             bury: None,
+            forced: false,
             nodes,
             effects: VecDeque::new(),
         }
@@ -288,6 +291,12 @@ impl Primary {
     pub fn start_claim(&mut self, claimant: ClaimantId) {
         self.refuse_bury();
         self.begin_claim(claimant);
+    }
+
+    /// Whether claims from now on count although another node is a live primary. Liveness only: the
+    /// promises that win an epoch are the same.
+    pub fn force_claims(&mut self, forced: bool) {
+        self.forced = forced;
     }
 
     /// Gives up the uncommitted tail: claims a higher epoch and puts its start in place of the
@@ -358,6 +367,8 @@ impl Primary {
                 for node in nodes {
                     self.start_feed(&node);
                 }
+                // The epoch is won: those that took another node for the primary are told so.
+                self.ask_refused();
             }
             Stage::Leading { .. } => self.note_own_entry(position),
             Stage::Fenced { .. } => {}
@@ -448,6 +459,8 @@ impl Primary {
             generation: self.membership.generation,
             epoch: self.epoch,
             claimant,
+            // A quorum has promised this epoch already: whoever was the primary before is not.
+            forced: self.forced || !matches!(self.stage, Stage::Idle | Stage::Claiming),
         }
     }
 

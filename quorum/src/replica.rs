@@ -308,11 +308,11 @@ impl Replica {
             pending.epoch,
             self.promised
         );
-        self.promised = pending.epoch;
+        let served = std::mem::replace(&mut self.promised, pending.epoch);
         self.claimant = Some(pending.claimant);
         self.generation = pending.generation;
         self.previous_promise = Some(pending.previous);
-        self.primary = Some(pending.from);
+        let before = self.primary.replace(pending.from.clone());
         // What is committed is in the log of every later primary; of the rest nothing is known yet.
         self.matched_lsn = self.commit_lsn;
         self.open = None;
@@ -320,6 +320,14 @@ impl Replica {
         self.mend_anew();
         // Only now: the answer must not be seen before the promise is on disk.
         self.send_promise();
+        if let Some(before) = before.filter(|before| *before != pending.from) {
+            // It learns it now, not with its next commit.
+            let reason = RejectReason::TakenOver {
+                promised: pending.epoch,
+                by: pending.from,
+            };
+            self.reject(&before, served, reason);
+        }
     }
 
     /// The journal could not write. What this replica tells of its log may not be on disk, so the

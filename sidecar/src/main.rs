@@ -41,6 +41,7 @@ enum Command {
     History(cli::history::HistoryArgs),
     Restore(cli::restore::RestoreArgs),
     Resolve(cli::resolve::ResolveArgs),
+    Takeover(cli::takeover::TakeoverArgs),
 }
 
 fn main() -> ExitCode {
@@ -69,6 +70,7 @@ fn run(command: Command) -> Result<(), Failure> {
             Command::History(args) => cli::history::run(args).await,
             Command::Restore(args) => cli::restore::run(args).await,
             Command::Resolve(args) => cli::resolve::run(args).await,
+            Command::Takeover(args) => cli::takeover::run(args).await,
         }
     })
 }

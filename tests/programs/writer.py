@@ -22,7 +22,7 @@ def say(*words):
 
 
 def connect(path, timeout_ms):
-    database = sqlite3.connect(path, isolation_level=None, timeout=30)
+    database = sqlite3.connect(path, isolation_level=None, timeout=30, uri=True)
     database.execute("PRAGMA durovfs_timeout=%d" % timeout_ms)
     database.execute("PRAGMA journal_mode=WAL")
     return database

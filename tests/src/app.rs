@@ -12,6 +12,8 @@ use std::time::Duration;
 pub const NOT_COMMITTED: i64 = 778;
 /// `SQLITE_IOERR_FSYNC`: outcome unknown.
 pub const UNKNOWN: i64 = 1034;
+/// `SQLITE_READONLY`: another host is the primary.
+pub const READONLY: i64 = 8;
 /// `SQLITE_CANTOPEN`, without its extension.
 pub const CANTOPEN: i64 = 14;
 
@@ -47,7 +49,15 @@ impl App {
     /// # Panics
     /// When the program cannot be started; a database that cannot be opened is a reply.
     pub fn start(cluster: &Cluster, database: &Path) -> (Self, Reply) {
-        let mut app = Self::spawn(&cluster.client_config());
+        Self::start_on(&cluster.client_config(), database)
+    }
+
+    /// The same with this client config; the database may be a URI.
+    ///
+    /// # Panics
+    /// When the program cannot be started.
+    pub fn start_on(client_config: &Path, database: &Path) -> (Self, Reply) {
+        let mut app = Self::spawn(client_config);
         let reply = app.ask(&json!({
             "open": database.to_string_lossy(),
             "extension": binaries().extension.to_string_lossy(),
@@ -61,6 +71,16 @@ impl App {
     /// When it does not.
     pub fn open(cluster: &Cluster, database: &Path) -> Self {
         let (app, reply) = Self::start(cluster, database);
+        reply.result.expect("open the database");
+        app
+    }
+
+    /// The same with this client config; the database may be a URI.
+    ///
+    /// # Panics
+    /// When it does not open.
+    pub fn open_on(client_config: &Path, database: &Path) -> Self {
+        let (app, reply) = Self::start_on(client_config, database);
         reply.result.expect("open the database");
         app
     }
@@ -95,6 +115,18 @@ impl App {
             input,
             output,
         }
+    }
+
+    /// Asks for the database to be opened, and does not wait for it.
+    ///
+    /// # Panics
+    /// When the process is gone.
+    pub fn begin_opening(&mut self, database: &Path) {
+        let request = json!({
+            "open": database.to_string_lossy(),
+            "extension": binaries().extension.to_string_lossy(),
+        });
+        writeln!(self.input, "{request}").expect("write to the application");
     }
 
     /// Number of the process.

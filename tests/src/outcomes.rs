@@ -143,7 +143,7 @@ impl Writer {
         timeout: Duration,
     ) -> Self {
         let numbers = [writer, first, count, timeout.as_millis() as u64, 0];
-        Self::start_with(cluster, database, numbers)
+        Self::start_on(&cluster.client_config(), database, numbers)
     }
 
     /// Starts a writer that never ends by itself, and leaves others time to write.
@@ -158,16 +158,21 @@ impl Writer {
             timeout.as_millis() as u64,
             SLOW_PAUSE_MS,
         ];
-        Self::start_with(cluster, database, numbers)
+        Self::start_on(&cluster.client_config(), database, numbers)
     }
 
-    fn start_with(cluster: &Cluster, database: &Path, numbers: [u64; 5]) -> Self {
+    /// Starts a writer with this client config; the database may be a URI. The numbers are those of
+    /// `programs/writer.py`: writer, first row, count, timeout and pause in milliseconds.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn start_on(client_config: &Path, database: &Path, numbers: [u64; 5]) -> Self {
         let mut child = Command::new(PYTHON)
             .arg(program("writer.py"))
             .arg(&binaries().extension)
             .arg(database)
             .args(numbers.map(|number| number.to_string()))
-            .env("DUROVFS_CONFIG", cluster.client_config())
+            .env("DUROVFS_CONFIG", client_config)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -284,7 +289,15 @@ impl Drop for Writer {
 /// # Panics
 /// When that fails.
 pub fn create_tables(cluster: &Cluster, database: &Path, writers: u64) {
-    let mut app = crate::app::App::open(cluster, database);
+    create_tables_on(&cluster.client_config(), database, writers);
+}
+
+/// The same with this client config; the database may be a URI.
+///
+/// # Panics
+/// When that fails.
+pub fn create_tables_on(client_config: &Path, database: &Path, writers: u64) {
+    let mut app = crate::app::App::open_on(client_config, database);
     app.run("PRAGMA journal_mode=WAL");
     for statement in SCHEMA
         .split_terminator(';')

@@ -73,6 +73,8 @@ impl Client {
             request: 1,
             name,
             known: None,
+            force: false,
+            must_exist: false,
             timeout_ms: 10_000,
         };
         self.send(&open, Bytes::new()).await;

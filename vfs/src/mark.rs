@@ -220,12 +220,19 @@ impl Mark {
             sequence: 0,
             name: String::new(),
         };
-        if mark.file.size()? < NAME_OFFSET {
+        if mark.file.size()? < NAME_OFFSET || mark.is_blank()? {
             return Ok(None);
         }
         mark.name = mark.read_name()?;
         let state = mark.read()?;
         Ok(Some((mark, state)))
+    }
+
+    /// Whether nothing of it reached the disk before the power was lost.
+    fn is_blank(&self) -> Result<bool, Refusal> {
+        let mut bytes = [0u8; 2 * SLOT_BYTES];
+        self.file.read_at(&mut bytes, 0)?;
+        Ok(bytes.iter().all(|byte| *byte == 0))
     }
 
     /// Makes a mark, or begins one afresh. The caller holds the database's exclusive lock.

@@ -39,7 +39,8 @@ use std::time::{Duration, Instant};
 /// Pause between two looks at a database that another opener is busy with.
 const BUSY_PAUSE: Duration = Duration::from_millis(10);
 
-/// Opens the database `name`, whose file at `path` the host has opened as `file`.
+/// Opens the database `name`, whose file at `path` the host has opened as `file`. With `takeover`
+/// also from another host that is a live primary.
 ///
 /// # Errors
 /// A refusal of the kind `CannotOpen`, with the line that explains it.
@@ -48,6 +49,7 @@ pub fn open<F>(
     path: &Path,
     name: &str,
     file: F,
+    mut takeover: bool,
 ) -> Result<Connection, Refusal>
 where
     F: DatabaseFile + Send + 'static,
@@ -59,7 +61,9 @@ where
             None => Mark::open(path)?,
         };
         let known = existing.as_ref().map(|(_, state)| state.database);
-        let log = open_log(&surroundings, name, known, path, deadline)?;
+        // Once: whoever takes it back while this one is opening is not fought.
+        let force = std::mem::take(&mut takeover);
+        let log = open_log(&surroundings, name, known, path, deadline, force)?;
         if file.try_lock_exclusive()? {
             let opener = Opener {
                 surroundings: &surroundings,
@@ -81,11 +85,8 @@ where
                         (log.database, epoch),
                     ));
                 }
-                Next::RecoverJournal => {
-                    file.recover_journal()?;
-                    std::thread::sleep(BUSY_PAUSE);
-                }
-                Next::Again => std::thread::sleep(BUSY_PAUSE),
+                Next::RecoverJournal => file.recover_journal()?,
+                Next::Again => {}
             }
         } else if let Some((mark, state)) = existing
             && state.database == log.database
@@ -102,9 +103,8 @@ where
                 Box::new(file),
                 (log.database, log.epoch),
             ));
-        } else {
-            std::thread::sleep(BUSY_PAUSE);
         }
+        std::thread::sleep(BUSY_PAUSE);
         if Instant::now() > deadline {
             return Err(Refusal::cannot_open(format!(
                 "{}: in use by a process without durovfs, or by one that is still opening it",
@@ -120,23 +120,26 @@ fn open_log(
     known: Option<durovfs_wire::DatabaseId>,
     path: &Path,
     deadline: Instant,
+    takeover: bool,
 ) -> Result<OpenedLog, Refusal> {
     let way_out = way_out(path, name);
     let left = deadline
         .saturating_duration_since(Instant::now())
         .max(Duration::from_millis(1));
-    let log = surroundings
-        .sink
-        .open(name, known, Some(left))
-        .map_err(|error| {
-            let hint = match error.kind {
-                SinkErrorKind::Refused(FailureKind::UnknownDatabase) => {
-                    format!("; the local file belongs to another log: {way_out}")
-                }
-                _ => String::new(),
-            };
-            Refusal::cannot_open(format!("open {name}: {error}{hint}"))
-        })?;
+    let sink = surroundings.sink.as_ref();
+    let opened = match takeover {
+        true => sink.take_over(name, known, Some(left)),
+        false => sink.open(name, known, Some(left)),
+    };
+    let log = opened.map_err(|error| {
+        let hint = match error.kind {
+            SinkErrorKind::Refused(FailureKind::UnknownDatabase) => {
+                format!("; the local file belongs to another log: {way_out}")
+            }
+            _ => String::new(),
+        };
+        Refusal::cannot_open(format!("open {name}: {error}{hint}"))
+    })?;
     match known {
         Some(known) if known != log.database => Err(Refusal::cannot_open(format!(
             "open {name}: the local file belongs to log {known}, the cluster has log {} under this \
@@ -562,17 +565,20 @@ impl Opener<'_> {
     ) -> Result<Option<KnownTransaction>, Refusal> {
         let mut found = None;
         let sink = self.surroundings.sink.as_ref();
-        read_transactions(sink, state, first_lsn, self.path, &mut |tx| {
+        let read = sink.read_summaries(state.database, first_lsn, &mut |summary| {
             let known = KnownTransaction {
-                position: tx.summary.position,
-                checksum: tx.summary.commit.checksum,
-                page_size: tx.summary.commit.page_size,
-                page_count: tx.summary.commit.page_count,
+                position: summary.position,
+                checksum: summary.commit.checksum,
+                page_size: summary.commit.page_size,
+                page_count: summary.commit.page_count,
             };
             if fits(&known) {
                 found = Some(known);
             }
             Ok(())
+        });
+        read.map_err(|error| {
+            Refusal::cannot_open(format!("search the log from lsn {first_lsn} on: {error}"))
         })?;
         Ok(found)
     }

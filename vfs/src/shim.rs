@@ -246,11 +246,12 @@ fn kind_of(
         return Ok(Kind::Plain);
     }
     // SAFETY: the name of a main database carries its URI parameters.
-    let (given, durable, immutable) = unsafe {
+    let (given, durable, immutable, takeover) = unsafe {
         (
             text(host.api.uri_parameter(name, c"durovfs_db".as_ptr())),
             text(host.api.uri_parameter(name, c"durovfs_durability".as_ptr())),
             host.api.uri_boolean(name, c"immutable".as_ptr(), 0) != 0,
+            host.api.uri_boolean(name, c"durovfs_takeover".as_ptr(), 0) != 0,
         )
     };
     // SAFETY: SQLite's names are C strings.
@@ -275,7 +276,7 @@ fn kind_of(
         }
     };
     let name = given.unwrap_or_else(|| path.to_string_lossy().into_owned());
-    protect(host, real, path, &name, durability)
+    protect(host, real, path, &name, (durability, takeover))
 }
 
 /// Opens a protected database.
@@ -284,7 +285,7 @@ fn protect(
     real: *mut sqlite3_file,
     path: PathBuf,
     name: &str,
-    durability: Durability,
+    (durability, takeover): (Durability, bool),
 ) -> Result<Kind, c_int> {
     let surroundings = Surroundings {
         sink: Arc::clone(&host.sink),
@@ -299,7 +300,7 @@ fn protect(
         path: path.clone(),
         vfs_name,
     };
-    match open::open(surroundings, &path, name, file) {
+    match open::open(surroundings, &path, name, file, takeover) {
         Ok(mut connection) => {
             connection.warnings.extend(known_bugs(host));
             connection.distrusts_checkpoints = has_known_bugs(host);

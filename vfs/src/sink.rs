@@ -56,6 +56,19 @@ pub trait Sink: Send + Sync + 'static {
         timeout: Option<Duration>,
     ) -> Result<OpenedLog, SinkError>;
 
+    /// The same, also when another host's sidecar is a live primary: it is taken from that one.
+    ///
+    /// # Errors
+    /// When the sidecar is not reached, or refuses.
+    fn take_over(
+        &self,
+        name: &str,
+        known: Option<DatabaseId>,
+        timeout: Option<Duration>,
+    ) -> Result<OpenedLog, SinkError> {
+        self.open(name, known, timeout)
+    }
+
     /// An origin for the next commit of this process; never the same one twice.
     fn next_origin(&self) -> Origin;
 
@@ -108,7 +121,8 @@ pub trait Sink: Send + Sync + 'static {
     /// has come; none is for ever.
     fn wait_deferred(&self, origin: Origin, until: Option<Instant>);
 
-    /// Finds out what became of a commit, and makes it certain if a quorum answers in time.
+    /// Finds out what became of a commit, and makes it certain if a quorum answers in time. Here
+    /// `NotPrimary` says nothing of the commit: this host can find out nothing.
     fn resolve(
         &self,
         database: DatabaseId,
@@ -117,7 +131,8 @@ pub trait Sink: Send + Sync + 'static {
         timeout: Option<Duration>,
     ) -> CommitOutcome;
 
-    /// Reads the committed entries from `first_lsn` on, part by part, in order.
+    /// Reads the committed entries from `first_lsn` on, part by part, in order. May begin with a
+    /// transaction after `first_lsn` that is a whole image, in place of all before it.
     ///
     /// # Errors
     /// When the log could not be read to its end, or `visit` returned an error.
@@ -127,4 +142,20 @@ pub trait Sink: Send + Sync + 'static {
         first_lsn: Lsn,
         visit: &mut dyn FnMut(EntryPart) -> Result<(), SinkError>,
     ) -> Result<(), SinkError>;
+
+    /// Lists the committed transactions from `first_lsn` on that journals and archive still have,
+    /// in order.
+    ///
+    /// # Errors
+    /// When they could not be read to the end, or `visit` returned an error.
+    fn read_summaries(
+        &self,
+        database: DatabaseId,
+        first_lsn: Lsn,
+        visit: &mut dyn FnMut(TransactionSummary) -> Result<(), SinkError>,
+    ) -> Result<(), SinkError> {
+        self.read_log(database, first_lsn, &mut |part| {
+            part.header.transaction().map_or(Ok(()), &mut *visit)
+        })
+    }
 }

@@ -29,6 +29,10 @@ pub enum ClientMessage {
         name: String,
         /// The log that the local file says it belongs to, if it says so.
         known: Option<DatabaseId>,
+        /// Whether it is taken from another node that is a live primary. Else that is refused.
+        force: bool,
+        /// Whether there must be a log of that name; else a new one is begun.
+        must_exist: bool,
         /// Milliseconds that the client waits; zero is for ever.
         timeout_ms: u64,
     },
@@ -78,12 +82,18 @@ pub enum ClientMessage {
         /// Milliseconds that the client waits; zero is for ever.
         timeout_ms: u64,
     },
-    /// Asks for the committed entries from `first_lsn` on, on a stream of its own.
+    /// Asks for the committed entries from `first_lsn` on, on a stream of its own. Where they are
+    /// more than an image of the database, the answer begins with that: a transaction after
+    /// `first_lsn` that is a whole image.
     ReadLog {
         /// The log.
         database: DatabaseId,
         /// First entry wanted.
         first_lsn: Lsn,
+        /// Whether the pages are wanted. Without them each transaction comes as its last part, with
+        /// an empty payload; none is left out for an image, but the archive may have dropped the
+        /// first.
+        pages: bool,
     },
     /// Asks for the state of a node.
     NodeStatus {
@@ -128,6 +138,8 @@ pub enum SidecarMessage {
         end: LogPosition,
         /// The last committed transaction; none in a log that has none yet.
         last_transaction: Option<TransactionSummary>,
+        /// The live primary that it was taken from by force.
+        taken_from: Option<NodeName>,
     },
     /// What became of a commit. Answer to [`ClientMessage::Commit`] and [`ClientMessage::Resolve`].
     Outcome {
@@ -138,11 +150,12 @@ pub enum SidecarMessage {
         /// What became of it.
         outcome: CommitOutcome,
     },
-    /// A large commit makes progress: the client's time begins again.
+    /// A large commit makes progress: the client's time begins again. On the stream of a
+    /// [`ClientMessage::ReadLog`]: the next part takes a while.
     Progress {
         /// The log.
         database: DatabaseId,
-        /// Which commit.
+        /// Which commit; zero for a reading.
         sequence: u64,
     },
     /// One part of a committed entry; the payload is the part's.
@@ -222,7 +235,9 @@ pub enum CommitOutcome {
         /// Why: one line.
         reason: String,
     },
-    /// Certainly not committed: the log has transactions that the local file lacks.
+    /// Certainly not committed: the log has transactions that the local file lacks. Answer to
+    /// [`ClientMessage::Resolve`]: the log has some, and it cannot be told whether the commit is
+    /// among them.
     Behind {
         /// The last committed transaction.
         last_transaction: TransactionSummary,

@@ -19,7 +19,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// Magic and version, the first bytes of each direction of each stream.
-pub const PREAMBLE: [u8; 8] = *b"DUROVFS\x01";
+pub const PREAMBLE: [u8; 8] = *b"DUROVFS\x02";
 /// Bytes before the body.
 const PREFIX_BYTES: usize = 8;
 /// Bytes of the header's length.

@@ -4,7 +4,7 @@
 //! the epoch it speaks for and the membership's generation; a receiver refuses what is not current.
 
 use crate::entry::PartHeader;
-use crate::ids::{ClaimantId, DatabaseId};
+use crate::ids::{ClaimantId, DatabaseId, NodeName};
 use crate::position::{Epoch, EpochRun, LogPosition, Lsn};
 use serde::{Deserialize, Serialize};
 
@@ -95,6 +95,27 @@ pub struct Claim {
     pub epoch: Epoch,
     /// Which attempt: a repeated claim has the same, a competing one has not.
     pub claimant: ClaimantId,
+    /// Whether it counts although another node is a live primary: an operator said so, or a quorum
+    /// has promised this epoch already. A matter of liveness only.
+    pub forced: bool,
+}
+
+/// A log that a replica knows under a name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FoundLog {
+    /// The log.
+    pub database: DatabaseId,
+    /// The node that is its primary and gave a sign of life lately, if there is one.
+    pub primary: Option<LivePrimary>,
+}
+
+/// A primary that a replica heard of lately.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LivePrimary {
+    /// The node.
+    pub node: NodeName,
+    /// Milliseconds since its last sign of life.
+    pub silent_ms: u32,
 }
 
 /// From a replica to a primary.
@@ -105,7 +126,7 @@ pub enum ReplicaMessage {
         /// Of the question.
         request: u64,
         /// Every log known under the name.
-        databases: Vec<DatabaseId>,
+        logs: Vec<FoundLog>,
     },
     /// The promise, already on the replica's disk.
     Promised(Promise),
@@ -186,6 +207,18 @@ pub enum RejectReason {
     Fenced {
         /// The epoch promised.
         promised: Epoch,
+    },
+    /// It promised an epoch to another node: told once to the primary that it served before.
+    TakenOver {
+        /// The epoch promised.
+        promised: Epoch,
+        /// To this node.
+        by: NodeName,
+    },
+    /// Another node is the primary and gave a sign of life lately; the claim is not forced.
+    Alive {
+        /// That node.
+        primary: NodeName,
     },
     /// The entry before the one sent is not the one it has.
     Gap {

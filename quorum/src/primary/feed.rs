@@ -68,6 +68,20 @@ impl Primary {
         }
     }
 
+    /// Asks every connected replica that refused this epoch without having promised a higher one.
+    pub(super) fn ask_refused(&mut self) {
+        let refused = Standing::Refused(self.epoch);
+        let nodes: Vec<NodeName> = self
+            .nodes
+            .iter()
+            .filter(|(_, node)| node.connected && node.standing == refused)
+            .map(|(name, _)| name.clone())
+            .collect();
+        for node in nodes {
+            self.ask(&node);
+        }
+    }
+
     /// Takes a promise, an ack or a rejection. What belongs to another epoch or membership than the
     /// current one is ignored.
     ///
@@ -233,7 +247,8 @@ impl Primary {
     }
 
     fn handle_rejected(&mut self, node: &NodeName, epoch: Epoch, reason: &RejectReason) {
-        if let RejectReason::Fenced { promised } = reason {
+        if let RejectReason::Fenced { promised } | RejectReason::TakenOver { promised, .. } = reason
+        {
             self.highest_epoch_seen = self.highest_epoch_seen.max(*promised);
         }
         if epoch != self.epoch || matches!(self.stage, Stage::Idle | Stage::Fenced { .. }) {
@@ -244,10 +259,13 @@ impl Primary {
         };
         let had_promised = state.standing == Standing::Promised;
         match reason {
-            RejectReason::Fenced { promised } if had_promised && *promised > self.epoch => {
+            RejectReason::Fenced { promised } | RejectReason::TakenOver { promised, .. }
+                if had_promised && *promised > self.epoch =>
+            {
                 // It was ours: somebody is taking over.
                 self.fence(*promised);
             }
+            RejectReason::Alive { .. } if !had_promised => self.refused(node, self.epoch),
             RejectReason::Fenced { promised } if !had_promised => self.refused(node, *promised),
             RejectReason::Generation { current } if *current > self.membership.generation => {
                 self.refused(node, self.epoch);
@@ -260,6 +278,7 @@ impl Primary {
                 state.standing = Standing::Troubled;
                 state.promise = None;
             }
+            RejectReason::Alive { .. } | RejectReason::TakenOver { .. } => {}
             RejectReason::Fenced { .. }
             | RejectReason::Gap { .. }
             | RejectReason::Generation { .. } => {

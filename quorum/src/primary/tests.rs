@@ -638,3 +638,69 @@ fn a_donor_without_what_is_committed_stops_the_primary() {
         send(&mut primary, name, promise);
     }
 }
+
+// If this failed, a claim against a live primary could win, or one that an operator forced could
+// not; or a replica that took another node for the primary would never serve the new one.
+#[test]
+fn a_live_primary_stands_in_the_way_until_the_epoch_is_won() {
+    let forced_of = |primary: &mut Primary| -> Vec<(NodeName, bool)> {
+        let claims = effects(primary)
+            .into_iter()
+            .filter_map(|effect| match effect {
+                PrimaryEffect::Send {
+                    node,
+                    message: PrimaryMessage::Claim(claim),
+                } => Some((node, claim.forced)),
+                _ => None,
+            });
+        claims.collect()
+    };
+    let alive = || RejectReason::Alive { primary: node("x") };
+    let mut refused = primary(LocalLog::default());
+    refused.start_claim(claimant(1));
+    assert!(forced_of(&mut refused).iter().all(|(_, forced)| !forced));
+    for name in ["a", "b", "c"] {
+        assert_eq!(refused.state(), PrimaryState::Claiming);
+        reject(&mut refused, name, 1, alive());
+    }
+    assert!(matches!(refused.state(), PrimaryState::Fenced { .. }));
+    refused.force_claims(true);
+    refused.start_claim(claimant(2));
+    let claims = forced_of(&mut refused);
+    assert_eq!(claims.len(), 5);
+    assert!(claims.iter().all(|(_, forced)| *forced));
+
+    let mut winner = primary(LocalLog::default());
+    winner.start_claim(claimant(1));
+    reject(&mut winner, "d", 1, alive());
+    for name in ["a", "b", "c"] {
+        let promise = promise(&winner, 0, &[], 0);
+        send(&mut winner, name, promise);
+    }
+    effects(&mut winner);
+    winner.handle_appended(at(1, 1));
+    assert_eq!(forced_of(&mut winner), [(node("d"), true)]);
+    let promise = promise(&winner, 0, &[], 0);
+    send(&mut winner, "d", promise);
+    assert_eq!(
+        winner.node_progress(&node("d")).map(|node| node.feeding),
+        Some(true)
+    );
+}
+
+// If this failed, the old primary would take commits that it cannot carry through.
+#[test]
+fn a_primary_that_is_told_of_its_successor_is_fenced() {
+    let mut primary = leading();
+    let reason = |promised| RejectReason::TakenOver {
+        promised: Epoch::new(promised),
+        by: node("x"),
+    };
+    reject(&mut primary, "a", 1, reason(1));
+    assert_eq!(primary.state(), PrimaryState::Leading, "of an older epoch");
+    reject(&mut primary, "a", 1, reason(2));
+    let by = Epoch::new(2);
+    assert_eq!(primary.state(), PrimaryState::Fenced { by });
+    ack(&mut primary, "b", 1, 1);
+    assert_eq!(primary.next_lsn(), None);
+}

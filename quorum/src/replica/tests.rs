@@ -26,6 +26,7 @@ fn claim(epoch: u32, number: u8) -> Claim {
         generation: 1,
         epoch: Epoch::new(epoch),
         claimant: claimant(number),
+        forced: false,
     }
 }
 
@@ -186,14 +187,27 @@ fn a_promise_is_answered_only_when_it_is_on_disk() {
     replica.handle_promise_persisted(1);
     assert_eq!(effects(&mut replica), [], "a notice of the earlier promise");
     replica.handle_promise_persisted(2);
-    let [ReplicaMessage::Promised(promise)] = &sent(&mut replica)[..] else {
+    let [ReplicaMessage::Promised(promise), notice] = &sent(&mut replica)[..] else {
         panic!()
     };
+    assert_eq!(*notice, taken_over((1, 3), "q"));
     assert_eq!(
         (promise.epoch.get(), promise.previous_promise.get()),
         (3, 1)
     );
     assert_eq!((promise.last, promise.history.len()), (at(1, 2), 1));
+}
+
+/// What the primary of the first epoch is told when the second one is promised to another node.
+fn taken_over(epochs: (u32, u32), by: &str) -> ReplicaMessage {
+    ReplicaMessage::Rejected {
+        database: database(),
+        epoch: Epoch::new(epochs.0),
+        reason: RejectReason::TakenOver {
+            promised: Epoch::new(epochs.1),
+            by: host(by),
+        },
+    }
 }
 
 fn fenced(promised: u32) -> AppendVerdict {
@@ -263,9 +277,10 @@ fn a_higher_claim_replaces_one_that_waits_for_the_disk() {
     replica.handle_promise_persisted(2);
     assert_eq!(effects(&mut replica), []);
     replica.handle_promise_persisted(3);
-    let [ReplicaMessage::Promised(promise)] = &sent(&mut replica)[..] else {
+    let [ReplicaMessage::Promised(promise), notice] = &sent(&mut replica)[..] else {
         panic!()
     };
+    assert_eq!(*notice, taken_over((1, 5), "q"));
     assert_eq!(
         (promise.epoch.get(), promise.previous_promise.get()),
         (5, 4)

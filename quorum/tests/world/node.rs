@@ -4,7 +4,7 @@ use super::disk::{Disk, Record};
 use super::{Fault, HOST_COUNT, ToReplica, World, database, host_name, index_of};
 use durovfs_quorum::{AppendVerdict, Replica, ReplicaEffect};
 use durovfs_wire::Lsn;
-use durovfs_wire::peer::{PrimaryMessage, ReplicaMessage};
+use durovfs_wire::peer::{PrimaryMessage, RejectReason, ReplicaMessage};
 
 pub struct Node {
     pub disk: Disk,
@@ -17,6 +17,19 @@ impl Node {
         let replica = Some(Replica::new(database(), disk.state()));
         Self { disk, replica }
     }
+}
+
+/// Of so many notices to a primary that lost its epoch one arrives: nothing may rest on them.
+const NOTICES_LOST: usize = 8;
+
+fn is_notice(message: &ReplicaMessage) -> bool {
+    matches!(
+        message,
+        ReplicaMessage::Rejected {
+            reason: RejectReason::TakenOver { .. },
+            ..
+        }
+    )
 }
 
 impl World {
@@ -140,6 +153,9 @@ impl World {
                 }
                 ReplicaEffect::Send { node: to, message } => {
                     self.check_sent(node, &message);
+                    if is_notice(&message) && self.loses_notice() {
+                        continue;
+                    }
                     let link = &mut self.links[index_of(&to)][node];
                     if link.up {
                         link.to_host.push_back(message);
@@ -147,6 +163,12 @@ impl World {
                 }
             }
         }
+    }
+
+    /// Whether a primary is not told of its successor. What that fault breaks is seen only when it
+    /// is not.
+    fn loses_notice(&mut self) -> bool {
+        self.fault == Fault::BuryUnconditionally || self.pick(NOTICES_LOST) > 0
     }
 
     /// A promise is on disk before it is on the wire, and so is every entry that is acked. The two

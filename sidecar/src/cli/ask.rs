@@ -6,9 +6,9 @@ use super::{EXIT_FAILED, Failure};
 use crate::config::ClientConfig;
 use bytes::Bytes;
 use durovfs_link::{Endpoint, FrameReceiver, FrameSender, Identity, Profile};
-use durovfs_wire::client::{ClientMessage, SidecarMessage};
+use durovfs_wire::client::{ClientMessage, FailureKind, SidecarMessage};
 use durovfs_wire::status::{DatabaseStatus, NodeStatus};
-use durovfs_wire::{ClientId, DatabaseId, Frame, LogPosition};
+use durovfs_wire::{ClientId, DatabaseId, Frame, LogPosition, NodeName};
 use std::time::Duration;
 
 /// Longest wait for a connection or an answer: a sidecar answers from memory, so that one which
@@ -36,6 +36,16 @@ pub struct Asker {
     sender: FrameSender,
     receiver: FrameReceiver,
     requests: u64,
+}
+
+/// A database that the sidecar is the primary of now.
+pub struct TakenOver {
+    /// Its log.
+    pub database: DatabaseId,
+    /// Last entry of the log.
+    pub end: LogPosition,
+    /// The live primary that it was taken from.
+    pub taken_from: Option<NodeName>,
 }
 
 impl Asker {
@@ -144,6 +154,8 @@ impl Asker {
             request: self.requests,
             name: name.to_owned(),
             known: None,
+            force: false,
+            must_exist: false,
             timeout_ms: OPEN_TIMEOUT.as_millis() as u64,
         };
         match self
@@ -158,6 +170,44 @@ impl Asker {
                 database,
                 last: last_transaction.map(|last| last.position),
             }),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// Makes the sidecar the primary of a database; none when the cluster has none of that name.
+    ///
+    /// # Errors
+    /// When that is not done within `limit`.
+    pub async fn take_over(
+        &mut self,
+        name: &str,
+        limit: Duration,
+    ) -> Result<Option<TakenOver>, Failure> {
+        self.requests += 1;
+        let timeout_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).max(1);
+        let question = ClientMessage::Open {
+            request: self.requests,
+            name: name.to_owned(),
+            known: None,
+            force: true,
+            must_exist: true,
+            timeout_ms,
+        };
+        match self.ask_within(&question, limit + ANSWER_TIMEOUT).await? {
+            SidecarMessage::Opened {
+                database,
+                end,
+                taken_from,
+                ..
+            } => Ok(Some(TakenOver {
+                database,
+                end,
+                taken_from,
+            })),
+            SidecarMessage::Failed {
+                kind: FailureKind::UnknownDatabase,
+                ..
+            } => Ok(None),
             other => Err(self.unexpected(&other)),
         }
     }

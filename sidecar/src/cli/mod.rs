@@ -12,6 +12,7 @@ pub mod resolve;
 pub mod restore;
 pub mod sidecar;
 pub mod status;
+pub mod takeover;
 
 /// Something failed.
 pub const EXIT_FAILED: u8 = 1;

@@ -150,7 +150,12 @@ pub fn spawn_answer<M: serde::Serialize + 'static>(
     });
 }
 
-async fn push<M: serde::Serialize>(outbox: &Outbox, message: &M, payload: bytes::Bytes) -> bool {
+/// Sends a message as soon as there is room. False when nobody receives any more.
+pub async fn push<M: serde::Serialize>(
+    outbox: &Outbox,
+    message: &M,
+    payload: bytes::Bytes,
+) -> bool {
     match Frame::encode(message, payload) {
         Ok(frame) => outbox.push_when_room(frame).await.is_ok(),
         Err(error) => {

@@ -3,10 +3,10 @@
 use super::bulk::JournalEvents;
 use super::crowding::{HeldAnswers, percent_taken};
 use super::event::{Event, EventSender, JournalEvent, SessionId};
+use super::opening::Finding;
 use super::peers::Peer;
 use super::primary::PrimaryDatabase;
 use super::replica::{Inbound, ReplicaDatabase};
-use super::requests::Finding;
 use crate::config::SidecarConfig;
 use durovfs_archive::store::Store;
 use durovfs_journal::{DatabaseState, Journal};
@@ -337,6 +337,7 @@ impl Node {
             self.tick_feeds(database, now);
             self.drive_primary(database);
         }
+        self.tick_findings(now);
         self.tick_waiters(now);
         self.tell_progress();
         self.tick_uploads(now);

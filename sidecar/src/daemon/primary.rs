@@ -3,6 +3,7 @@
 use super::event::{JournalEvent, Permit, SessionId};
 use super::feed::Feed;
 use super::node::{Node, new_claimant};
+use super::opening::Waiter;
 use super::outbox::Outbox;
 use super::uploader::UploadState;
 use bytes::Bytes;
@@ -66,6 +67,12 @@ pub struct PrimaryDatabase {
     pub claim_at: Option<Instant>,
     /// Claims that failed in a row.
     pub failed_claims: u32,
+    /// Whether it is taken over from a live primary, until the log is open.
+    pub forced: bool,
+    /// That primary.
+    pub taken_from: Option<NodeName>,
+    /// Who took over, or stands in the way, as far as a replica told.
+    pub successor: Option<NodeName>,
     /// Commits of these clients up to these sequence numbers are settled: a late one is refused.
     pub settled: BTreeMap<ClientId, u64>,
     /// The archive's side.
@@ -98,28 +105,6 @@ pub struct CommitWaiter {
     pub outbox: Outbox,
     /// What the answer is labelled with.
     pub sequence: u64,
-}
-
-/// Who waits for the log to be open, until when.
-pub struct Waiter {
-    /// Where the answer goes.
-    pub outbox: Outbox,
-    /// What is wanted.
-    pub want: Want,
-    /// When to give up.
-    pub deadline: Option<Instant>,
-}
-
-/// What a [`Waiter`] wants.
-pub enum Want {
-    /// Answer to `Open`.
-    Open { request: u64 },
-    /// Answer to `Resolve`.
-    Resolve {
-        request: u64,
-        origin: Origin,
-        base_lsn: Lsn,
-    },
 }
 
 impl PrimaryDatabase {
@@ -163,6 +148,9 @@ impl PrimaryDatabase {
             claimant: new_claimant(),
             claim_at: None,
             failed_claims: 0,
+            forced: false,
+            taken_from: None,
+            successor: None,
             settled: BTreeMap::new(),
             upload: UploadState::default(),
         }
@@ -187,6 +175,7 @@ impl PrimaryDatabase {
         self.claimant = new_claimant();
         self.donor_end = (LogPosition::ZERO, None);
         self.restarted = false;
+        self.machine.force_claims(self.forced);
         self.machine.start_claim(self.claimant);
     }
 
@@ -365,11 +354,8 @@ impl Node {
         {
             return refuse("the commit was settled before it arrived".to_owned());
         }
-        if let PrimaryState::Fenced { by } = db.machine.state() {
-            let reason = format!(
-                "another host has taken over {} (epoch {by}): reopen",
-                db.name
-            );
+        if let PrimaryState::Fenced { .. } = db.machine.state() {
+            let reason = db.fenced_reason();
             return Err(CommitOutcome::NotPrimary { reason });
         }
         if let Some(trouble) = &db.own_trouble {

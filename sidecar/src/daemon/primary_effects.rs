@@ -4,21 +4,17 @@ use super::bulk::{self, FetchJob};
 use super::event::SessionId;
 use super::feed::Feed;
 use super::node::Node;
-use super::primary::{PrimaryDatabase, Waiter, Want};
+use super::opening::{Opening, Waiter, Want};
+use super::primary::PrimaryDatabase;
+use super::read_log::ArchivedCommit;
 use durovfs_journal::{DamagedEntry, Record};
 use durovfs_quorum::{PrimaryEffect, PrimaryState};
-use durovfs_wire::client::{FailureKind, SidecarMessage};
-use durovfs_wire::peer::{PrimaryMessage, ReplicaMessage};
+use durovfs_wire::client::{CommitOutcome, FailureKind, SidecarMessage};
+use durovfs_wire::peer::{PrimaryMessage, RejectReason, ReplicaMessage};
 use durovfs_wire::{DatabaseId, Epoch, LogPosition, Lsn, NodeName};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-/// Claims that are tried again, each with a higher epoch, before whoever waits is told that another
-/// node is the primary. Spread over longer than a dead primary counts as alive.
-const CLAIMS_MAX: u32 = 12;
-/// Pause before a claim is tried again; a random part of as much is added, so that two claimants
-/// do not keep each other from winning.
-const RECLAIM_PAUSE: Duration = Duration::from_millis(250);
 /// What noting damage to our own journal may take before the log is claimed again. If it takes
 /// longer, the same entry is found once more.
 const OWN_DAMAGE_PAUSE: Duration = Duration::from_millis(200);
@@ -72,6 +68,8 @@ impl Node {
                         .or_insert_with(Feed::stopped)
                         .start(next_lsn, previous);
                     self.pump_feed(database, &node);
+                    // Also without an entry to send the replica learns who the primary is.
+                    self.commits_untold.insert(database);
                 }
             }
             PrimaryEffect::StopFeed { node } => {
@@ -184,6 +182,9 @@ impl Node {
         };
         tracing::info!(name = %db.name, %epoch, %end, "the log is open");
         db.failed_claims = 0;
+        db.successor = None;
+        db.forced = false;
+        db.machine.force_claims(false);
         // Ordinary recovery has decided: what was pending is in the log, or never will be.
         self.settle_by_log(database);
         self.answer_waiters(database);
@@ -197,15 +198,10 @@ impl Node {
         if !db.is_open() {
             return;
         }
+        let mut archived = Vec::new();
         for waiter in std::mem::take(&mut db.waiters) {
             match waiter.want {
-                Want::Open { request } => waiter.outbox.answer(&SidecarMessage::Opened {
-                    request,
-                    database,
-                    epoch: db.machine.epoch(),
-                    end: LogPosition::new(db.machine.epoch(), db.machine.commit_lsn()),
-                    last_transaction: db.last_transaction,
-                }),
+                Want::Open(opening) => waiter.outbox.answer(&db.opened_message(opening)),
                 Want::Resolve {
                     request,
                     origin,
@@ -213,6 +209,18 @@ impl Node {
                 } => {
                     let outcome =
                         super::requests::resolve(db, &self.primary_journal, origin, base_lsn);
+                    if let CommitOutcome::Behind { .. } = outcome {
+                        db.note_settled(origin);
+                        let commit = ArchivedCommit {
+                            database,
+                            request,
+                            origin,
+                            base_lsn,
+                            otherwise: outcome,
+                        };
+                        archived.push((waiter.outbox, commit));
+                        continue;
+                    }
                     waiter.outbox.answer(&SidecarMessage::Outcome {
                         database,
                         sequence: request,
@@ -220,6 +228,9 @@ impl Node {
                     });
                 }
             }
+        }
+        for (outbox, commit) in archived {
+            self.resolve_from_archive(outbox, commit);
         }
     }
 
@@ -240,14 +251,7 @@ impl Node {
             return;
         };
         db.streamed = None;
-        db.failed_claims += 1;
-        if db.waiters.is_empty() || db.failed_claims > CLAIMS_MAX {
-            tracing::warn!(name = %db.name, %by, "fenced: another node is the primary");
-            let message = format!("another sidecar is the primary of {} (epoch {by})", db.name);
-            fail_waiters(db, FailureKind::NotPrimary, &message);
-            return;
-        }
-        db.claim_at = Some(Instant::now() + RECLAIM_PAUSE + random_part(RECLAIM_PAUSE));
+        self.look_again(database);
     }
 
     /// A replica's node has connected: every database with a replica there talks to it.
@@ -319,8 +323,8 @@ impl Node {
                 peer.journal_percent = *journal_percent;
                 return;
             }
-            ReplicaMessage::Found { request, databases } => {
-                return self.handle_found(node, *request, databases);
+            ReplicaMessage::Found { request, logs } => {
+                return self.handle_found(node, *request, logs);
             }
             ReplicaMessage::Promised(promise) => promise.database,
             ReplicaMessage::Ack { database, .. } | ReplicaMessage::Rejected { database, .. } => {
@@ -338,6 +342,7 @@ impl Node {
         {
             db.donor_end = (promise.last, promise.last_transaction);
         }
+        note_successor(db, &message);
         if let Err(violation) = db.machine.handle_message(node, &message) {
             tracing::error!(%node, name = %db.name, %violation, "a replica broke the protocol");
             return;
@@ -433,9 +438,19 @@ impl Node {
     }
 }
 
+/// What a message says about who is the primary instead.
+fn note_successor(db: &mut PrimaryDatabase, message: &ReplicaMessage) {
+    if let ReplicaMessage::Rejected {
+        reason: RejectReason::TakenOver { by: node, .. } | RejectReason::Alive { primary: node },
+        ..
+    } = message
+    {
+        db.successor = Some(node.clone());
+    }
+}
+
 /// What a message says about the replica's feed.
 fn note_feed(db: &mut PrimaryDatabase, node: &NodeName, message: &ReplicaMessage) {
-    use durovfs_wire::peer::RejectReason;
     let now = Instant::now();
     let last_lsn = db.machine.last().lsn;
     let Some(feed) = db.feeds.get_mut(node) else {
@@ -462,16 +477,9 @@ fn note_feed(db: &mut PrimaryDatabase, node: &NodeName, message: &ReplicaMessage
     }
 }
 
-/// Tells everybody who waits that it will not be.
-pub fn fail_waiters(db: &mut PrimaryDatabase, kind: FailureKind, message: &str) {
-    for waiter in std::mem::take(&mut db.waiters) {
-        fail_waiter(waiter, kind, message);
-    }
-}
-
 /// Tells one who waits that it will not be.
 pub fn fail_waiter(waiter: Waiter, kind: FailureKind, message: &str) {
-    let (Want::Open { request } | Want::Resolve { request, .. }) = waiter.want;
+    let (Want::Open(Opening { request, .. }) | Want::Resolve { request, .. }) = waiter.want;
     waiter.outbox.answer(&SidecarMessage::Failed {
         request,
         kind,
@@ -479,7 +487,8 @@ pub fn fail_waiter(waiter: Waiter, kind: FailureKind, message: &str) {
     });
 }
 
-fn random_part(of: Duration) -> Duration {
+/// A random part of a time.
+pub fn random_part(of: Duration) -> Duration {
     let random = getrandom::u32().unwrap_or(0);
     of.mul_f64(f64::from(random) / f64::from(u32::MAX))
 }

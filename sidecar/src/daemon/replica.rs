@@ -10,14 +10,19 @@ use super::outbox::Outbox;
 use bytes::Bytes;
 use durovfs_journal::{DamagedEntry, DatabaseState};
 use durovfs_sidecar::replica_log::{AppendContext, AppendRefused, Notice, NoticeSink, ReplicaLog};
-use durovfs_wire::peer::{Claim, PrimaryMessage, RejectReason, ReplicaMessage};
+use durovfs_wire::peer::{
+    Claim, FoundLog, LivePrimary, PrimaryMessage, RejectReason, ReplicaMessage,
+};
 use durovfs_wire::{DatabaseId, EntryPart, Epoch, Lsn, NodeName};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A claim by another node is refused while the primary gave a sign of life this lately. Liveness
 /// only: no safety argument uses it.
-const PRIMARY_FRESH: Duration = Duration::from_secs(3);
+pub const PRIMARY_FRESH: Duration = Duration::from_secs(3);
+/// A node that was promised an epoch stands in the way of other claims for so long, until it acts
+/// as the primary: else the one that it takes over from would take the database back in between.
+const CLAIM_GRACE: Duration = Duration::from_secs(1);
 
 /// One database that this node keeps entries of for another.
 pub struct ReplicaDatabase {
@@ -25,10 +30,12 @@ pub struct ReplicaDatabase {
     pub name: String,
     /// What of it is on our disk, and who may append what.
     pub log: ReplicaLog,
-    /// The node that appended last.
+    /// The node that last acted as the primary of the promised epoch.
     holder: Option<NodeName>,
     /// What is done in the place of a primary that is gone.
     pub orphan: OrphanState,
+    /// The node whose claim was taken last, and when.
+    claimed: Option<(NodeName, Instant)>,
 }
 
 /// A node whose connection to us stands.
@@ -48,6 +55,7 @@ impl ReplicaDatabase {
             log,
             holder: None,
             orphan: OrphanState::default(),
+            claimed: None,
         }
     }
 }
@@ -71,13 +79,16 @@ impl Node {
                 });
             }
             PrimaryMessage::Find { request, name } => {
-                let databases = self
+                let logs = self
                     .replicas
                     .iter()
                     .filter(|(_, replica)| replica.name == name)
-                    .map(|(id, _)| *id)
+                    .map(|(id, replica)| FoundLog {
+                        database: *id,
+                        primary: self.live_primary(replica),
+                    })
                     .collect();
-                outbox.answer(&ReplicaMessage::Found { request, databases });
+                outbox.answer(&ReplicaMessage::Found { request, logs });
             }
             PrimaryMessage::Claim(claim) => self.handle_claim(node, outbox, &claim),
             PrimaryMessage::Append {
@@ -110,13 +121,13 @@ impl Node {
                 self.handle_fetch(database, epoch, first_lsn, last_lsn, outbox);
             }
             told @ (PrimaryMessage::Progress { .. } | PrimaryMessage::Mend { .. }) => {
-                self.handle_told(&told);
+                self.handle_told(node, &told);
             }
         }
     }
 
     /// What a primary says of its log.
-    fn handle_told(&mut self, message: &PrimaryMessage) {
+    fn handle_told(&mut self, node: &NodeName, message: &PrimaryMessage) {
         match *message {
             PrimaryMessage::Progress {
                 database,
@@ -126,6 +137,10 @@ impl Node {
             } => {
                 if let Some(replica) = self.replicas.get_mut(&database) {
                     replica.log.handle_progress(epoch, commit_lsn, archive_lsn);
+                    if epoch == replica.log.machine().promised() {
+                        replica.holder = Some(node.clone());
+                        replica.claimed = None;
+                    }
                 }
             }
             PrimaryMessage::Mend {
@@ -142,25 +157,40 @@ impl Node {
         }
     }
 
-    fn handle_claim(&mut self, node: &NodeName, outbox: &Outbox, claim: &Claim) {
-        let fresh = |holder: &NodeName| {
-            self.inbound
-                .get(holder)
-                .is_some_and(|inbound| inbound.heard.elapsed() < PRIMARY_FRESH)
-        };
-        if let Some(replica) = self.replicas.get(&claim.database)
-            && let Some(holder) = &replica.holder
-            && holder != node
-            && fresh(holder)
+    /// The primary of a log, if it gave a sign of life lately; or who is about to be it.
+    fn live_primary(&self, replica: &ReplicaDatabase) -> Option<LivePrimary> {
+        if let Some((node, at)) = &replica.claimed
+            && at.elapsed() < CLAIM_GRACE
         {
-            tracing::info!(database = %claim.name, %holder, claimant = %node,
+            return Some(LivePrimary {
+                node: node.clone(),
+                // Whether it becomes the primary is not known: nobody is refused for it.
+                silent_ms: u32::MAX,
+            });
+        }
+        let node = replica.holder.as_ref()?;
+        let silent = self.inbound.get(node)?.heard.elapsed();
+        let silent_ms = u32::try_from(silent.as_millis()).unwrap_or(u32::MAX);
+        (silent < PRIMARY_FRESH).then(|| LivePrimary {
+            node: node.clone(),
+            silent_ms,
+        })
+    }
+
+    fn handle_claim(&mut self, node: &NodeName, outbox: &Outbox, claim: &Claim) {
+        if let Some(replica) = self.replicas.get(&claim.database)
+            && !claim.forced
+            && claim.epoch > replica.log.machine().promised()
+            && let Some(LivePrimary { node: primary, .. }) = self.live_primary(replica)
+            && primary != *node
+        {
+            tracing::info!(database = %claim.name, %primary, claimant = %node,
                 "claim refused: the primary is alive");
+            let reason = RejectReason::Alive { primary };
             outbox.answer(&ReplicaMessage::Rejected {
                 database: claim.database,
                 epoch: claim.epoch,
-                reason: RejectReason::Fenced {
-                    promised: replica.log.machine().promised(),
-                },
+                reason,
             });
             return;
         }
@@ -169,7 +199,11 @@ impl Node {
             let log = ReplicaLog::unheard_of(journal, notices, claim.database);
             ReplicaDatabase::new(claim.name.clone(), log)
         });
+        let promised = replica.log.machine().promised();
         replica.log.handle_claim(node, claim);
+        if promised < claim.epoch && replica.log.machine().promised() == claim.epoch {
+            replica.claimed = Some((node.clone(), Instant::now()));
+        }
         self.drive_replica(claim.database);
     }
 
@@ -197,6 +231,7 @@ impl Node {
         match replica.log.handle_append(context, entry, permit) {
             Ok(()) => {
                 replica.holder = Some(node.clone());
+                replica.claimed = None;
                 self.drive_replica(database);
             }
             Err(refused) => {

@@ -1,28 +1,18 @@
 //! What clients ask for, other than commits: opening, resolving, reading the log, status.
 
-use super::bulk;
 use super::event::{ClientGrant, Permit, SessionId};
 use super::node::Node;
+use super::opening::{Opening, Waiter, Want};
 use super::outbox::Outbox;
-use super::primary::{CommitRequest, CommitWaiter, PrimaryDatabase, Waiter, Want};
+use super::primary::{CommitRequest, CommitWaiter, PrimaryDatabase};
 use super::primary_effects::fail_waiter;
 use bytes::Bytes;
 use durovfs_journal::Journal;
 use durovfs_quorum::PrimaryState;
 use durovfs_wire::client::{ClientMessage, CommitOutcome, FailureKind, SidecarMessage};
 use durovfs_wire::entry::Origin;
-use durovfs_wire::peer::{MAX_NAME_BYTES, PrimaryMessage};
-use durovfs_wire::{DatabaseId, Lsn, NodeName};
-use std::collections::{BTreeMap, BTreeSet};
+use durovfs_wire::{DatabaseId, Lsn};
 use std::time::{Duration, Instant};
-
-/// A search for the log of a name. A quorum of nodes must have answered: any log that was ever
-/// claimed is known to one of them.
-pub struct Finding {
-    request: u64,
-    answers: BTreeMap<NodeName, Vec<DatabaseId>>,
-    waiters: Vec<(Waiter, Option<DatabaseId>)>,
-}
 
 impl Node {
     /// A client says something.
@@ -39,15 +29,23 @@ impl Node {
                 request,
                 name,
                 known,
+                force,
+                must_exist,
                 timeout_ms,
             } => {
                 let (outbox, deadline) = (outbox.clone(), deadline(timeout_ms));
+                let want = Want::Open(Opening {
+                    request,
+                    known,
+                    force,
+                    must_exist,
+                });
                 let waiter = Waiter {
                     outbox,
-                    want: Want::Open { request },
+                    want,
                     deadline,
                 };
-                self.handle_open(grant, waiter, name, known);
+                self.handle_open(grant, waiter, name);
             }
             ClientMessage::Resolve {
                 request,
@@ -138,8 +136,14 @@ impl Node {
             ClientMessage::ReadLog {
                 database,
                 first_lsn,
+                pages,
             } => {
-                self.handle_read_log(grant, outbox, database, first_lsn);
+                if self.may_use(grant, database) {
+                    self.read_log(outbox, database, first_lsn, pages);
+                } else {
+                    let error = Some("the database is not open at this sidecar".to_owned());
+                    outbox.answer(&SidecarMessage::LogEnd { error });
+                }
             }
             ClientMessage::NodeStatus { request } => {
                 let status = self.node_status(Some(grant));
@@ -191,130 +195,6 @@ impl Node {
         self.drive_primary(database);
     }
 
-    fn handle_open(
-        &mut self,
-        grant: &ClientGrant,
-        waiter: Waiter,
-        name: String,
-        known: Option<DatabaseId>,
-    ) {
-        if name.is_empty() || name.len() > MAX_NAME_BYTES || !grant.allows(&name) {
-            let message = format!(
-                "the certificate {} does not allow the database {name:?}",
-                grant.name
-            );
-            return fail_waiter(waiter, FailureKind::Forbidden, &message);
-        }
-        self.connect_replicas();
-        if let Some(database) = self.names.get(&name).copied() {
-            return self.open_known(database, waiter, known);
-        }
-        self.next_request += 1;
-        let finding = self.findings.entry(name).or_insert_with(|| Finding {
-            request: self.next_request,
-            answers: BTreeMap::new(),
-            waiters: Vec::new(),
-        });
-        finding.waiters.push((waiter, known));
-        let replicas = self.config.replicas.clone();
-        for node in &replicas {
-            self.ask_findings(node);
-        }
-    }
-
-    fn open_known(&mut self, database: DatabaseId, waiter: Waiter, known: Option<DatabaseId>) {
-        let Some(db) = self.primaries.get_mut(&database) else {
-            return;
-        };
-        if let Some(known) = known.filter(|known| *known != database) {
-            let message = format!(
-                "the file belongs to log {known}, but {} is log {database}: restored or copied by \
-                 hand? give it a name of its own with durovfs_db=NAME",
-                db.name
-            );
-            return fail_waiter(waiter, FailureKind::UnknownDatabase, &message);
-        }
-        db.waiters.push(waiter);
-        if matches!(db.machine.state(), PrimaryState::Fenced { .. }) && db.claim_at.is_none() {
-            db.failed_claims = 0;
-            db.claim_at = Some(Instant::now());
-        }
-        self.answer_waiters(database);
-    }
-
-    /// Asks one node for all names that are being looked for.
-    pub fn ask_findings(&mut self, node: &NodeName) {
-        let Some(link) = self.peers.get(node).and_then(|peer| peer.link.as_ref()) else {
-            return;
-        };
-        for (name, finding) in &self.findings {
-            if !finding.answers.contains_key(node) {
-                link.outbox.answer(&PrimaryMessage::Find {
-                    request: finding.request,
-                    name: name.clone(),
-                });
-            }
-        }
-    }
-
-    /// A node says which logs it knows under a name.
-    pub fn handle_found(&mut self, node: &NodeName, request: u64, databases: &[DatabaseId]) {
-        let Some((name, finding)) = self
-            .findings
-            .iter_mut()
-            .find(|(_, finding)| finding.request == request)
-        else {
-            return;
-        };
-        finding.answers.insert(node.clone(), databases.to_vec());
-        if finding.answers.len() < self.config.ack_quorum {
-            return;
-        }
-        let name = name.clone();
-        let Some(finding) = self.findings.remove(&name) else {
-            return;
-        };
-        let found: BTreeSet<DatabaseId> = finding.answers.into_values().flatten().collect();
-        self.finish_finding(name, &found, finding.waiters);
-    }
-
-    fn finish_finding(
-        &mut self,
-        name: String,
-        found: &BTreeSet<DatabaseId>,
-        waiters: Vec<(Waiter, Option<DatabaseId>)>,
-    ) {
-        let known = waiters.iter().find_map(|(_, known)| *known);
-        let problem = match (found.len(), known) {
-            (0, Some(known)) => Some(format!(
-                "the file belongs to log {known}, but no replica knows {name}: moved? open it with \
-                 durovfs_db= and its old name"
-            )),
-            (0 | 1, _) => None,
-            _ => Some(format!(
-                "replicas know several logs under {name}: {found:?}"
-            )),
-        };
-        if let Some(message) = problem {
-            for (waiter, _) in waiters {
-                fail_waiter(waiter, FailureKind::UnknownDatabase, &message);
-            }
-            return;
-        }
-        let database = found
-            .first()
-            .copied()
-            .unwrap_or_else(|| DatabaseId::from_bytes(super::node::random_id()));
-        self.names.insert(name.clone(), database);
-        let state = self.primary_journal.state(database);
-        let db = PrimaryDatabase::new(database, name, self.membership(), state.as_ref());
-        self.primaries.insert(database, db);
-        self.start_primary(database);
-        for (waiter, known) in waiters {
-            self.open_known(database, waiter, known);
-        }
-    }
-
     fn handle_resolve(&mut self, grant: &ClientGrant, waiter: Waiter, database: DatabaseId) {
         if !self.may_use(grant, database) {
             let message = "the database is not open at this sidecar";
@@ -339,73 +219,18 @@ impl Node {
             });
             return;
         }
+        if let PrimaryState::Fenced { .. } = db.machine.state() {
+            return fail_waiter(waiter, FailureKind::NotPrimary, &db.fenced_reason());
+        }
         db.waiters.push(waiter);
         self.answer_waiters(database);
     }
 
-    fn handle_read_log(
-        &self,
-        grant: &ClientGrant,
-        outbox: &Outbox,
-        database: DatabaseId,
-        first_lsn: Lsn,
-    ) {
-        let fail = |message: &str| {
-            outbox.answer(&SidecarMessage::LogEnd {
-                error: Some(message.to_owned()),
-            });
-        };
-        if !self.may_use(grant, database) {
-            return fail("the database is not open at this sidecar");
-        }
-        let Some(db) = self.primaries.get(&database) else {
-            return;
-        };
-        let last_lsn = db.machine.commit_lsn().min(db.written_lsn);
-        let first_held = self
-            .primary_journal
-            .state(database)
-            .map_or(Lsn::ZERO, |s| s.first_lsn);
-        if first_lsn > last_lsn {
-            outbox.answer(&SidecarMessage::LogEnd { error: None });
-        } else if first_lsn < first_held {
-            fail(&format!(
-                "entries before lsn {first_held} are only in the archive: use `durovfs restore {}`",
-                db.name
-            ));
-        } else {
-            bulk::spawn_answer(
-                &self.primary_journal,
-                database,
-                (first_lsn, last_lsn),
-                outbox.clone(),
-                |part| SidecarMessage::LogPart { part },
-                |error| SidecarMessage::LogEnd { error },
-            );
-        }
-    }
-
     /// Gives up on everything whose time is over.
     pub fn tick_waiters(&mut self, now: Instant) {
-        let expired = |waiter: &Waiter| waiter.deadline.is_some_and(|deadline| now >= deadline);
+        let expired = |waiter: &Waiter| waiter.is_expired(now);
         let quorum = self.config.ack_quorum;
-        let mut late = Vec::new();
-        for (name, finding) in &mut self.findings {
-            let answers = finding.answers.len();
-            for (waiter, _) in finding
-                .waiters
-                .extract_if(.., |(waiter, _)| expired(waiter))
-            {
-                late.push((
-                    waiter,
-                    format!(
-                        "{name} cannot be opened: {answers} replicas answered, {quorum} are needed"
-                    ),
-                ));
-            }
-        }
-        self.findings
-            .retain(|_, finding| !finding.waiters.is_empty());
+        let mut late = self.expired_finders(now);
         let databases: Vec<DatabaseId> = self.primaries.keys().copied().collect();
         for database in databases {
             let Some(db) = self.primaries.get(&database) else {

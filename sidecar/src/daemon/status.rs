@@ -106,9 +106,7 @@ impl Node {
         let mut warnings = db.upload.warnings();
         match db.machine.state() {
             PrimaryState::Leading => {}
-            PrimaryState::Fenced { by } => {
-                warnings.push(format!("another host has taken over (epoch {by}): reopen"));
-            }
+            PrimaryState::Fenced { .. } => warnings.push(db.fenced_reason()),
             _ => warnings.push("the log is not open: waiting for a quorum of replicas".to_owned()),
         }
         warnings.extend(self.crowding(db).warning());

@@ -51,6 +51,7 @@ impl Bench {
             generation: 1,
             epoch: Epoch::new(epoch),
             claimant: ClaimantId::from_bytes([epoch as u8; 16]),
+            forced: false,
         };
         self.log.handle_claim(&primary(), &claim);
         self.messages()

@@ -9,7 +9,7 @@ use durovfs_link::{
     Connection, Endpoint, FrameReceiver, FrameSender, Identity, LinkError, Profile,
 };
 use durovfs_vfs::sink::SinkError;
-use durovfs_wire::client::SidecarMessage;
+use durovfs_wire::client::{ClientMessage, SidecarMessage};
 use durovfs_wire::entry::EntryPart;
 use durovfs_wire::{DatabaseId, Frame, Lsn};
 use std::collections::HashMap;
@@ -61,8 +61,11 @@ pub(super) enum Command {
         database: DatabaseId,
         /// First entry.
         first_lsn: Lsn,
-        /// Where the parts go; the end of the channel is the end of the log.
-        parts: mpsc::Sender<Result<EntryPart, SinkError>>,
+        /// Whether the pages are wanted.
+        pages: bool,
+        /// Where the parts go, and none as a sign of life; the end of the channel is the end of the
+        /// log.
+        parts: mpsc::Sender<Result<Option<EntryPart>, SinkError>>,
     },
 }
 
@@ -240,11 +243,17 @@ impl Driver {
             Command::ReadLog {
                 database,
                 first_lsn,
+                pages,
                 parts,
             } => {
                 let waiting = stream::Waiting::new(self.shared.clone());
-                let read =
-                    stream::read_log(self.shared.clone(), waiting, database, first_lsn, parts);
+                let question = ClientMessage::ReadLog {
+                    database,
+                    first_lsn,
+                    pages,
+                };
+                let shared = self.shared.clone();
+                let read = stream::read_log(shared, waiting, database, question, parts);
                 tokio::spawn(read);
             }
         }

@@ -18,7 +18,7 @@ use deferred::{DeferredCommits, outcome_of};
 use driver::{Command, Setup};
 use durovfs_vfs::sink::{OpenedLog, Sink, SinkError, SinkErrorKind};
 use durovfs_wire::client::{ClientMessage, CommitOutcome, FailureKind, SidecarMessage};
-use durovfs_wire::entry::{CommitHeader, EntryPart, Origin};
+use durovfs_wire::entry::{CommitHeader, EntryPart, Origin, TransactionSummary};
 use durovfs_wire::status::DatabaseStatus;
 use durovfs_wire::{ClientId, DatabaseId, Frame, LogPosition, Lsn, PageSize};
 use std::collections::HashSet;
@@ -316,11 +316,12 @@ fn refused(answer: SidecarMessage) -> SinkError {
     }
 }
 
-impl Sink for Client {
-    fn open(
+impl Client {
+    fn open_log(
         &self,
         name: &str,
         known: Option<DatabaseId>,
+        force: bool,
         timeout: Option<Duration>,
     ) -> Result<OpenedLog, SinkError> {
         let name = name.to_owned();
@@ -329,6 +330,8 @@ impl Sink for Client {
             request,
             name,
             known,
+            force,
+            must_exist: false,
             timeout_ms: 0,
         };
         match self.ask(None, timeout, message)? {
@@ -346,6 +349,58 @@ impl Sink for Client {
             }),
             other => Err(refused(other)),
         }
+    }
+
+    /// Reads a log to its end; without `pages` each transaction as its last part alone.
+    fn read_parts(
+        &self,
+        database: DatabaseId,
+        first_lsn: Lsn,
+        pages: bool,
+        visit: &mut dyn FnMut(EntryPart) -> Result<(), SinkError>,
+    ) -> Result<(), SinkError> {
+        let process = self.process();
+        let (sender, mut parts) = mpsc::channel(READ_AHEAD_PARTS);
+        self.hand_over(
+            process,
+            Command::ReadLog {
+                database,
+                first_lsn,
+                pages,
+                parts: sender,
+            },
+        )?;
+        loop {
+            let deadline = Instant::now() + 2 * STALL_TIMEOUT;
+            match block_on(parts.recv(), || Some(deadline)) {
+                Some(Some(Ok(Some(part)))) => visit(part)?,
+                // A sign of life.
+                Some(Some(Ok(None))) => {}
+                Some(Some(Err(error))) => return Err(error),
+                Some(None) => return Ok(()),
+                None => return Err(unreachable_error("the log does not go on".to_owned())),
+            }
+        }
+    }
+}
+
+impl Sink for Client {
+    fn open(
+        &self,
+        name: &str,
+        known: Option<DatabaseId>,
+        timeout: Option<Duration>,
+    ) -> Result<OpenedLog, SinkError> {
+        self.open_log(name, known, false, timeout)
+    }
+
+    fn take_over(
+        &self,
+        name: &str,
+        known: Option<DatabaseId>,
+        timeout: Option<Duration>,
+    ) -> Result<OpenedLog, SinkError> {
+        self.open_log(name, known, true, timeout)
     }
 
     fn next_origin(&self) -> Origin {
@@ -529,6 +584,11 @@ impl Sink for Client {
         // Whatever goes wrong with the question, the commit stays what it was.
         match self.ask(Some(database), timeout, message) {
             Ok(SidecarMessage::Outcome { outcome, .. }) => outcome,
+            Ok(SidecarMessage::Failed {
+                kind: FailureKind::NotPrimary,
+                message,
+                ..
+            }) => CommitOutcome::NotPrimary { reason: message },
             Ok(other) => CommitOutcome::Unknown {
                 reason: refused(other).message,
             },
@@ -544,24 +604,17 @@ impl Sink for Client {
         first_lsn: Lsn,
         visit: &mut dyn FnMut(EntryPart) -> Result<(), SinkError>,
     ) -> Result<(), SinkError> {
-        let process = self.process();
-        let (sender, mut parts) = mpsc::channel(READ_AHEAD_PARTS);
-        self.hand_over(
-            process,
-            Command::ReadLog {
-                database,
-                first_lsn,
-                parts: sender,
-            },
-        )?;
-        loop {
-            let deadline = Instant::now() + 2 * STALL_TIMEOUT;
-            match block_on(parts.recv(), || Some(deadline)) {
-                Some(Some(Ok(part))) => visit(part)?,
-                Some(Some(Err(error))) => return Err(error),
-                Some(None) => return Ok(()),
-                None => return Err(unreachable_error("the log does not go on".to_owned())),
-            }
-        }
+        self.read_parts(database, first_lsn, true, visit)
+    }
+
+    fn read_summaries(
+        &self,
+        database: DatabaseId,
+        first_lsn: Lsn,
+        visit: &mut dyn FnMut(TransactionSummary) -> Result<(), SinkError>,
+    ) -> Result<(), SinkError> {
+        self.read_parts(database, first_lsn, false, &mut |part| {
+            part.header.transaction().map_or(Ok(()), &mut *visit)
+        })
     }
 }

@@ -9,7 +9,7 @@ use durovfs_link::{Connection, FrameReceiver, FrameSender, LinkError};
 use durovfs_vfs::sink::{SinkError, SinkErrorKind};
 use durovfs_wire::client::{ClientMessage, FailureKind, SidecarMessage};
 use durovfs_wire::entry::{CommitHeader, EntryPart};
-use durovfs_wire::{DatabaseId, Frame, Lsn, PageSize};
+use durovfs_wire::{DatabaseId, Frame, PageSize};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{self, UnboundedReceiver};
@@ -373,13 +373,13 @@ pub(super) async fn read_log(
     shared: Shared,
     waiting: Waiting,
     database: DatabaseId,
-    first_lsn: Lsn,
-    parts: mpsc::Sender<Result<EntryPart, SinkError>>,
+    question: ClientMessage,
+    parts: mpsc::Sender<Result<Option<EntryPart>, SinkError>>,
 ) {
     let deadline = Some(Instant::now() + STALL_TIMEOUT);
     let open = Stream::open(&shared, Some(waiting), database);
     let failed = match within(&shared, deadline, open).await {
-        Ok(stream) => pump_log(stream, database, first_lsn, &parts).await.err(),
+        Ok(stream) => pump_log(stream, &question, &parts).await.err(),
         Err(error) => Some(error),
     };
     if let Some(error) = failed {
@@ -390,26 +390,19 @@ pub(super) async fn read_log(
 
 async fn pump_log(
     mut stream: Stream,
-    database: DatabaseId,
-    first_lsn: Lsn,
-    parts: &mpsc::Sender<Result<EntryPart, SinkError>>,
+    question: &ClientMessage,
+    parts: &mpsc::Sender<Result<Option<EntryPart>, SinkError>>,
 ) -> Result<(), SinkError> {
-    let message = ClientMessage::ReadLog {
-        database,
-        first_lsn,
-    };
-    stream.send(&[frame(&message, Bytes::new())?]).await?;
+    stream.send(&[frame(question, Bytes::new())?]).await?;
     loop {
         let (message, payload) = stream.recv().await?;
         match message {
-            SidecarMessage::LogPart { part } => {
-                let sent = parts
-                    .send(Ok(EntryPart {
-                        header: part,
-                        payload,
-                    }))
-                    .await;
-                let Ok(()) = sent else {
+            SidecarMessage::LogPart { .. } | SidecarMessage::Progress { .. } => {
+                let part = match message {
+                    SidecarMessage::LogPart { part: header } => Some(EntryPart { header, payload }),
+                    _ => None,
+                };
+                let Ok(()) = parts.send(Ok(part)).await else {
                     stream.receiver.stop();
                     return Ok(());
                 };

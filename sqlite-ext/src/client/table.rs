@@ -238,6 +238,8 @@ impl Table {
                 request,
                 name,
                 known,
+                force: false,
+                must_exist: false,
                 timeout_ms,
             },
         ))
@@ -338,7 +340,15 @@ impl Table {
                 sequence,
                 outcome,
             } => {
-                let number = self.resolving.remove(&sequence).unwrap_or(sequence);
+                let resolved = self.resolving.remove(&sequence);
+                let number = resolved.unwrap_or(sequence);
+                // Of a commit that was sent before: nobody knows, and nothing is certain.
+                let outcome = match outcome {
+                    CommitOutcome::Behind { .. } if resolved.is_some() => CommitOutcome::Unknown {
+                        reason: "the entries that would tell are in no journal".to_owned(),
+                    },
+                    outcome => outcome,
+                };
                 self.answer(
                     number,
                     SidecarMessage::Outcome {

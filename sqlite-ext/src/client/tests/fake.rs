@@ -322,6 +322,7 @@ impl Session {
             ClientMessage::ReadLog {
                 database,
                 first_lsn,
+                ..
             } => {
                 self.send_log(database, first_lsn).await;
             }
@@ -344,6 +345,7 @@ impl Session {
             epoch,
             end,
             last_transaction,
+            taken_from: None,
         })
         .await;
     }

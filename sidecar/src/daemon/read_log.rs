@@ -1,0 +1,302 @@
+//! Reading a log for a client whose file lacks some of it: from our own journal, and what that has
+//! dropped, or never had, from the archive before it. Each reading is a task with a stream of its
+//! own; one part is in memory at a time, one object of the archive on the disk beside the next.
+
+use super::bulk::{self, push};
+use super::node::Node;
+use super::outbox::Outbox;
+use bytes::Bytes;
+use durovfs_archive::listing::Listing;
+use durovfs_archive::store::Store;
+use durovfs_archive::{RestoreError, entries};
+use durovfs_journal::Journal;
+use durovfs_wire::client::{CommitOutcome, SidecarMessage};
+use durovfs_wire::entry::{Origin, TransactionSummary};
+use durovfs_wire::{DatabaseId, Lsn, PartHeader, PartKind};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// Parts that the archive's reader may be ahead of the network.
+const PARTS_AHEAD: usize = 2;
+/// Summaries that it may be ahead: they are small.
+const SUMMARIES_AHEAD: usize = 256;
+/// How often a client is told that the next part takes a while.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+/// Rounds in which the archive is read on because our own journal dropped more meanwhile.
+const ROUNDS_MAX: usize = 8;
+
+/// One reading.
+struct Reading {
+    journal: Journal,
+    store: Option<Arc<dyn Store>>,
+    scratch: PathBuf,
+    name: String,
+    database: DatabaseId,
+    next_lsn: Lsn,
+    last_lsn: Lsn,
+    outbox: Outbox,
+}
+
+/// The client is gone; nobody is to be told.
+struct Gone;
+
+impl Node {
+    /// Answers with the committed entries from `first_lsn` on.
+    pub fn read_log(&self, outbox: &Outbox, database: DatabaseId, first_lsn: Lsn, pages: bool) {
+        let Some(db) = self.primaries.get(&database) else {
+            return;
+        };
+        let reading = Reading {
+            journal: self.primary_journal.clone(),
+            store: self.store.clone(),
+            scratch: self.scratch_folder(),
+            name: db.name.clone(),
+            database,
+            next_lsn: first_lsn,
+            last_lsn: db.machine.commit_lsn().min(db.written_lsn),
+            outbox: outbox.clone(),
+        };
+        if pages && (first_lsn > reading.last_lsn || first_lsn >= reading.first_held()) {
+            return reading.answer_from_journal();
+        }
+        tokio::task::spawn_local(async move {
+            let result = if pages {
+                reading.through_archive().await
+            } else {
+                reading.summaries().await
+            };
+            let _: Result<(), Gone> = result;
+        });
+    }
+}
+
+/// A question for a commit that only the archive can answer.
+pub struct ArchivedCommit {
+    /// The log.
+    pub database: DatabaseId,
+    /// Of the question.
+    pub request: u64,
+    /// Who made the commit.
+    pub origin: Origin,
+    /// What it was made on top of.
+    pub base_lsn: Lsn,
+    /// What is answered when the archive cannot tell either.
+    pub otherwise: CommitOutcome,
+}
+
+impl Node {
+    /// Looks for a commit in the archive, and answers what became of it. It is not in our own
+    /// journal, and none of its origin will be taken from now on.
+    pub fn resolve_from_archive(&self, outbox: Outbox, commit: ArchivedCommit) {
+        let state = self.primary_journal.state(commit.database);
+        let name = self.primaries.get(&commit.database).map(|db| &db.name);
+        let (Some(store), Some(state), Some(name)) = (self.store.clone(), state, name.cloned())
+        else {
+            return commit.answer(&outbox, None);
+        };
+        tokio::task::spawn_local(async move {
+            let found = commit.search(&store, &name, state.first_lsn).await;
+            let found = found.unwrap_or_else(|error| {
+                tracing::warn!(%name, %error, "what became of a commit is not to be found out");
+                None
+            });
+            commit.answer(&outbox, found);
+        });
+    }
+}
+
+impl ArchivedCommit {
+    async fn search(
+        &self,
+        store: &Arc<dyn Store>,
+        name: &str,
+        first_held: Lsn,
+    ) -> Result<Option<CommitOutcome>, RestoreError> {
+        let listing = Listing::load_log(&**store, name, self.database).await?;
+        let through_lsn = first_held.previous().unwrap_or(Lsn::ZERO);
+        let range = (self.base_lsn.next(), through_lsn);
+        let is_it = |summary: &TransactionSummary| summary.commit.origin == self.origin;
+        let found = entries::find(store, listing, range, is_it).await?;
+        Ok(found.map(|found| match found {
+            Some(TransactionSummary { position, .. }) => CommitOutcome::Committed { position },
+            None => CommitOutcome::NotCommitted {
+                reason: "neither the log nor its archive has the commit".to_owned(),
+            },
+        }))
+    }
+
+    fn answer(&self, outbox: &Outbox, outcome: Option<CommitOutcome>) {
+        outbox.answer(&SidecarMessage::Outcome {
+            database: self.database,
+            sequence: self.request,
+            outcome: outcome.unwrap_or_else(|| self.otherwise.clone()),
+        });
+    }
+}
+
+impl Reading {
+    fn first_held(&self) -> Lsn {
+        let state = self.journal.state(self.database);
+        state.map_or(self.last_lsn.next(), |state| state.first_lsn)
+    }
+
+    fn answer_from_journal(self) {
+        if self.next_lsn > self.last_lsn {
+            let end = SidecarMessage::LogEnd { error: None };
+            return self.outbox.answer(&end);
+        }
+        bulk::spawn_answer(
+            &self.journal,
+            self.database,
+            (self.next_lsn, self.last_lsn),
+            self.outbox,
+            |part| SidecarMessage::LogPart { part },
+            |error| SidecarMessage::LogEnd { error },
+        );
+    }
+
+    async fn end(&self, error: String) -> Result<(), Gone> {
+        let error = Some(error);
+        self.say(&SidecarMessage::LogEnd { error }, Bytes::new())
+            .await
+    }
+
+    async fn say(&self, message: &SidecarMessage, payload: Bytes) -> Result<(), Gone> {
+        match push(&self.outbox, message, payload).await {
+            true => Ok(()),
+            false => Err(Gone),
+        }
+    }
+
+    /// The archive up to where our own journal begins, then the journal. Nothing lies between: the
+    /// journal is asked anew where it begins after each reading of the archive.
+    async fn through_archive(mut self) -> Result<(), Gone> {
+        for _ in 0..ROUNDS_MAX {
+            let first_held = self.first_held();
+            if self.next_lsn >= first_held {
+                self.answer_from_journal();
+                return Ok(());
+            }
+            let through_lsn = first_held.previous().unwrap_or(Lsn::ZERO);
+            if let Err(error) = self.archive_round(through_lsn).await? {
+                return self.end(error).await;
+            }
+        }
+        let error = "the journal drops entries faster than the archive is read: try again";
+        self.end(error.to_owned()).await
+    }
+
+    /// Reads the archive through an entry.
+    async fn archive_round(&mut self, through_lsn: Lsn) -> Result<Result<(), String>, Gone> {
+        let missing = format!(
+            "the entries from lsn {} to {through_lsn} of {} are in no journal here",
+            self.next_lsn, self.name
+        );
+        let Some(store) = self.store.clone() else {
+            return Ok(Err(format!("{missing}, and the sidecar has no archive")));
+        };
+        let listing = Listing::load_log(&*store, &self.name, self.database);
+        let listing = match listing.await {
+            Ok(listing) => listing,
+            Err(error) => return Ok(Err(format!("{missing}, and not to be had: {error}"))),
+        };
+        let Some(plan) = entries::plan(&listing, self.next_lsn, through_lsn) else {
+            let archived = listing.archived_lsn();
+            return Ok(Err(format!(
+                "{missing}, and {} leads to lsn {archived} or has a gap",
+                store.url()
+            )));
+        };
+        let (sender, parts) = mpsc::channel(PARTS_AHEAD);
+        let scratch = self.scratch.clone();
+        let task = tokio::task::spawn_local(async move {
+            entries::read(&store, &plan, &scratch, &sender).await
+        });
+        self.forward(parts).await?;
+        match task.await {
+            Ok(Ok(last)) => {
+                self.next_lsn = last.lsn.next().max(self.next_lsn);
+                Ok(Ok(()))
+            }
+            Ok(Err(error)) => Ok(Err(format!("read the archive of {}: {error}", self.name))),
+            Err(error) => Ok(Err(format!("read the archive of {}: {error}", self.name))),
+        }
+    }
+
+    async fn forward(
+        &self,
+        mut parts: mpsc::Receiver<durovfs_wire::EntryPart>,
+    ) -> Result<(), Gone> {
+        loop {
+            match tokio::time::timeout(PROGRESS_INTERVAL, parts.recv()).await {
+                Ok(Some(part)) => {
+                    let message = SidecarMessage::LogPart { part: part.header };
+                    self.say(&message, part.payload).await?;
+                }
+                Ok(None) => return Ok(()),
+                Err(_) => self.tell_alive().await?,
+            }
+        }
+    }
+
+    async fn tell_alive(&self) -> Result<(), Gone> {
+        let message = SidecarMessage::Progress {
+            database: self.database,
+            sequence: 0,
+        };
+        self.say(&message, Bytes::new()).await
+    }
+
+    /// Every transaction that is kept, without its pages: what the local file may be like.
+    async fn summaries(mut self) -> Result<(), Gone> {
+        let through_lsn = self.first_held().previous().unwrap_or(Lsn::ZERO);
+        if let Some(store) = self.store.clone()
+            && self.next_lsn <= through_lsn
+        {
+            let listing = Listing::load_log(&*store, &self.name, self.database);
+            let listing = match listing.await {
+                Ok(listing) => listing,
+                Err(error) => return self.end(error.to_string()).await,
+            };
+            let (sender, mut found) = mpsc::channel(SUMMARIES_AHEAD);
+            let first_lsn = self.next_lsn;
+            let task = tokio::task::spawn_local(async move {
+                entries::summaries(&store, listing, first_lsn, through_lsn, &sender).await
+            });
+            loop {
+                match tokio::time::timeout(PROGRESS_INTERVAL, found.recv()).await {
+                    Ok(Some(summary)) => self.say_summary(summary).await?,
+                    Ok(None) => break,
+                    Err(_) => self.tell_alive().await?,
+                }
+            }
+            match task.await.map_err(|error| error.to_string()) {
+                Ok(Ok(next)) => self.next_lsn = next.max(first_lsn),
+                Ok(Err(error)) => return self.end(error.to_string()).await,
+                Err(error) => return self.end(error).await,
+            }
+        }
+        let held = self
+            .journal
+            .transactions(self.database, self.next_lsn, self.last_lsn);
+        for summary in held {
+            self.say_summary(summary).await?;
+        }
+        let end = SidecarMessage::LogEnd { error: None };
+        self.say(&end, Bytes::new()).await
+    }
+
+    async fn say_summary(&self, summary: TransactionSummary) -> Result<(), Gone> {
+        let part = PartHeader {
+            database: self.database,
+            epoch: summary.position.epoch,
+            lsn: summary.position.lsn,
+            part: 0,
+            kind: PartKind::Commit(summary.commit),
+        };
+        self.say(&SidecarMessage::LogPart { part }, Bytes::new())
+            .await
+    }
+}
