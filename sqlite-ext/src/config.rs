@@ -53,6 +53,18 @@ struct RawConfig {
     exclude: Vec<String>,
 }
 
+/// What the patterns of the configuration say about a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Selection {
+    /// It matches a pattern of `include` (if there are any), and none of `exclude`.
+    Protected,
+    /// It does not.
+    LeftOut {
+        /// The key whose patterns decided.
+        pattern: &'static str,
+    },
+}
+
 /// The configuration, checked.
 #[derive(Debug, Clone)]
 pub struct ClientConfig {
@@ -140,10 +152,20 @@ impl ClientConfig {
         })
     }
 
-    /// Whether a database file is to be protected: it matches a pattern of `include` (if there are
-    /// any), and none of `exclude`.
+    /// Whether a database file is to be protected.
     pub fn protects(&self, path: &Path) -> bool {
-        (self.include.is_empty() || self.include.is_match(path)) && !self.exclude.is_match(path)
+        self.selects(path) == Selection::Protected
+    }
+
+    /// What the patterns say about a database file.
+    pub fn selects(&self, path: &Path) -> Selection {
+        if self.exclude.is_match(path) {
+            Selection::LeftOut { pattern: "exclude" }
+        } else if !self.include.is_empty() && !self.include.is_match(path) {
+            Selection::LeftOut { pattern: "include" }
+        } else {
+            Selection::Protected
+        }
     }
 }
 
@@ -300,5 +322,11 @@ mod tests {
         ] {
             assert_eq!(config.protects(Path::new(path)), protected, "{path}");
         }
+        let pattern = |path| match config.selects(Path::new(path)) {
+            Selection::LeftOut { pattern } => pattern,
+            Selection::Protected => "",
+        };
+        assert_eq!(pattern("/srv/x.tmp"), "exclude");
+        assert_eq!(pattern("/home/app.db"), "include");
     }
 }

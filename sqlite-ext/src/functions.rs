@@ -1,8 +1,8 @@
 //! What the SQL functions do with their arguments. What they say is made in `status.rs`; how
 //! SQLite calls them is in `lib.rs`.
 
-use crate::Call;
-use crate::status;
+use crate::unprotected::Reason;
+use crate::{Call, log, status, unprotected};
 use durovfs_vfs::error::Refusal;
 use durovfs_vfs::{FileStatus, deferred};
 use durovfs_wire::Bookmark;
@@ -46,14 +46,21 @@ pub(crate) fn status(call: &Call<'_>) -> Answer {
     let schema = call.text(0).unwrap_or_else(|| "main".to_owned());
     let schema = CString::new(schema).map_err(|_| "schema name with a zero byte".to_owned())?;
     let host = call.host();
-    let report = match call.file_status(&schema) {
-        Some(file) => status::protected(&host.client, &file, &host.version),
-        None => {
-            let reason = why_unprotected(call, &schema);
+    let mut report = match unprotected::protected(call, &schema) {
+        Ok(file) => status::protected(&host.client, &file, &host.version),
+        Err(reason) => {
             let version = (host.version.as_str(), host.version_number);
-            status::unprotected(&host.client, reason, version, newest_error(call))
+            status::unprotected(
+                &host.client,
+                reason.to_string(),
+                version,
+                newest_error(call),
+            )
         }
     };
+    if call.text(0).is_none() {
+        report.warnings.extend(attached_unprotected(call));
+    }
     serde_json::to_string(&report)
         .map(Some)
         .map_err(|error| error.to_string().into())
@@ -99,42 +106,37 @@ pub(crate) fn last_error(call: &Call<'_>) -> Answer {
     Ok(newest_error(call))
 }
 
-/// Why a connection that was open before the load is not protected, when it should be.
-pub(crate) fn opened_too_early(call: &Call<'_>) -> Option<String> {
-    let path = call.path(MAIN)?;
-    let is_meant = call.host().client.config().protects(Path::new(&path));
-    (is_meant && call.file_status(MAIN).is_none()).then(|| why_unprotected(call, MAIN))
+/// Writes a line about a connection whose main database is not protected: as an error if its user
+/// may believe that it is.
+pub(crate) fn tell_unprotected(call: &Call<'_>) {
+    match unprotected::protected(call, MAIN) {
+        Ok(_) | Err(Reason::InMemory(_) | Reason::NoSuchSchema(_)) => {}
+        Err(reason) if reason.is_unexpected() => log::error(format_args!("{reason}")),
+        Err(reason) => log::info(format_args!("{reason}")),
+    }
+}
+
+/// One line for each attached file that is not protected: the report of the main database alone
+/// would hide it.
+fn attached_unprotected(call: &Call<'_>) -> impl Iterator<Item = String> {
+    let attached = call.attached_files().into_iter();
+    attached.filter_map(|schema| {
+        let reason = unprotected::protected(call, &schema).err()?;
+        Some(format!(
+            "attached as {}: {reason}",
+            schema.to_string_lossy()
+        ))
+    })
 }
 
 fn protected_file(call: &Call<'_>) -> Result<FileStatus, String> {
-    call.file_status(MAIN)
-        .ok_or_else(|| why_unprotected(call, MAIN))
-}
-
-fn why_unprotected(call: &Call<'_>, schema: &CStr) -> String {
-    let name = schema.to_string_lossy();
-    let Some(path) = call.path(schema) else {
-        return format!(
-            "database {name:?} is not protected: it is in memory, temporary, or not there"
-        );
-    };
-    let config = call.host().client.config();
-    if !config.protects(Path::new(&path)) {
-        let file = config.file.display();
-        return format!("{path} is not protected: the client configuration {file} leaves it out");
-    }
-    let vfs = call
-        .vfs_name(schema)
-        .unwrap_or_else(|| "unknown".to_owned());
-    format!(
-        "{path} is not protected: this connection was opened before durovfs was loaded, or with \
-         another VFS ({vfs}); close it and open it again"
-    )
+    unprotected::protected(call, MAIN).map_err(|reason| reason.to_string())
 }
 
 /// The last refusal of this database, or of an open in this process.
 fn newest_error(call: &Call<'_>) -> Option<String> {
-    let of_file = call.file_status(MAIN).map(|file| file.last_error);
+    let of_file = unprotected::protected(call, MAIN).map(|file| file.last_error);
+    let of_file = of_file.ok();
     let of_open = durovfs_vfs::shim::last_open_refusal();
     of_file
         .into_iter()

@@ -13,19 +13,20 @@ mod host;
 pub mod log;
 mod replicas;
 pub mod status;
+mod unprotected;
 
 use crate::functions::Answer;
 use crate::host::{Host, MAX_HOSTS};
 use durovfs_vfs::ffi::{EntryPoint, ScalarFn, text};
 use durovfs_vfs::sink::Sink;
-use durovfs_vfs::{Api, ApiRoutines, FileStatus, Options, register, shim};
+use durovfs_vfs::{Api, ApiRoutines, FileReport, Options, register, shim};
 use durovfs_wire::status::ReplicaStatus;
 use libsqlite3_sys as sqlite;
 use libsqlite3_sys::{
     sqlite3, sqlite3_context, sqlite3_index_info, sqlite3_int64, sqlite3_module, sqlite3_value,
     sqlite3_vtab, sqlite3_vtab_cursor,
 };
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -62,26 +63,19 @@ pub unsafe extern "C" fn sqlite3_durovfs_init(
         // The VFS and the runtime thread are in use until the process ends.
         return sqlite::SQLITE_OK_LOAD_PERMANENTLY;
     };
-    // SAFETY: by the caller's promise; SQLite frees what is stored there.
-    unsafe {
-        match Api::new(table) {
-            Some(api) if !error.is_null() => {
-                *error = api.copy_text(&format!("durovfs: {problem}"));
-            }
-            Some(_) | None => {}
-        }
-    }
+    // A host may drop the line that it gets.
+    log::error(format_args!("not loaded: {problem}"));
+    // SAFETY: by the caller's promise.
+    unsafe { Api::store_error(table, error, &format!("durovfs: {problem}")) };
     sqlite::SQLITE_ERROR
 }
 
 /// # Safety
 /// As of the entry point.
 unsafe fn load(db: *mut sqlite3, table: *const ApiRoutines) -> Result<(), String> {
-    // SAFETY: by the caller's promise.
-    let Some(api) = (unsafe { Api::new(table) }) else {
-        return Err("SQLite 3.37 or newer is needed, built without parts left out".to_owned());
-    };
     log::init()?;
+    // SAFETY: by the caller's promise.
+    let api = unsafe { Api::new(table) }.map_err(|problem| problem.to_string())?;
     let _loading = host::begin_loading();
     let client = host::client(&api)?;
     let sink: Arc<dyn Sink> = client.clone();
@@ -109,14 +103,13 @@ unsafe fn load(db: *mut sqlite3, table: *const ApiRoutines) -> Result<(), String
     }
     if !db.is_null() {
         // SAFETY: SQLite is loading the extension into this connection, on this thread.
-        unsafe { install(host, db)? };
-        if let Some(reason) = functions::opened_too_early(&Call {
+        unsafe { install(host, db, false)? };
+        functions::tell_unprotected(&Call {
             host,
             db,
             arguments: &[],
-        }) {
-            log::error(format_args!("{reason}"));
-        }
+            opened_after_load: false,
+        });
     }
     Ok(())
 }
@@ -127,14 +120,20 @@ unsafe extern "C" fn on_connection(
     _error: *mut *mut c_char,
     table: *const ApiRoutines,
 ) -> c_int {
-    let installed = catch_unwind(|| {
+    let installed = catch_unwind(|| -> Result<(), String> {
         // SAFETY: SQLite passes its table to extensions of every kind.
         let api = unsafe { Api::new(table) };
-        match api.as_ref().and_then(host::host_of) {
-            // SAFETY: SQLite is opening this connection, on this thread.
-            Some(host) => unsafe { install(host, db) },
-            None => Err("its SQLite did not load durovfs".to_owned()),
-        }
+        let host = api.as_ref().ok().and_then(host::host_of);
+        let host = host.ok_or("its SQLite did not load durovfs")?;
+        // SAFETY: SQLite is opening this connection, on this thread.
+        unsafe { install(host, db, true)? };
+        functions::tell_unprotected(&Call {
+            host,
+            db,
+            arguments: &[],
+            opened_after_load: true,
+        });
+        Ok(())
     });
     let installed = installed.unwrap_or_else(|_| Err("a bug: a panic".to_owned()));
     if let Err(error) = installed {
@@ -145,25 +144,36 @@ unsafe extern "C" fn on_connection(
     sqlite::SQLITE_OK
 }
 
+/// What the functions of a connection that was opened after the load have as their data; those of
+/// the one that the extension was loaded into have none.
+static OPENED_AFTER_LOAD: u8 = 1;
+
 /// Gives a connection the functions and the table.
 ///
 /// # Safety
 /// `db` is a connection of this host that this thread may use.
-unsafe fn install(host: &'static Host, db: *mut sqlite3) -> Result<(), String> {
-    let none = std::ptr::null_mut();
+unsafe fn install(
+    host: &'static Host,
+    db: *mut sqlite3,
+    opened_after_load: bool,
+) -> Result<(), String> {
     let [(name, arguments, function), others @ ..] = &FUNCTIONS[host.index];
     // SAFETY: the name is a constant, the connection is the caller's.
     let code = unsafe { shim::watch(&host.api, db, name, *arguments, *function) };
     if code != sqlite::SQLITE_OK {
         return Err(format!("sqlite3_create_function_v2 returned {code}"));
     }
+    let data = match opened_after_load {
+        true => (&raw const OPENED_AFTER_LOAD).cast_mut().cast(),
+        false => std::ptr::null_mut(),
+    };
     for (name, arguments, function) in others {
         let (name, function) = (name.as_ptr(), Some(*function));
         let (arguments, flags) = (*arguments, sqlite::SQLITE_UTF8);
         // SAFETY: the name is a constant, the connection is the caller's.
         let code = unsafe {
             host.api
-                .create_function_v2(db, name, arguments, flags, none, function, None, None, None)
+                .create_function_v2(db, name, arguments, flags, data, function, None, None, None)
         };
         if code != sqlite::SQLITE_OK {
             return Err(format!("sqlite3_create_function_v2 returned {code}"));
@@ -189,6 +199,7 @@ pub(crate) struct Call<'a> {
     host: &'static Host,
     db: *mut sqlite3,
     arguments: &'a [*mut sqlite3_value],
+    opened_after_load: bool,
 }
 
 impl Call<'_> {
@@ -213,10 +224,45 @@ impl Call<'_> {
         (!is_null).then(|| unsafe { self.host.api.value_int64(value) })
     }
 
-    /// State of a protected database of the connection; none when it is not protected.
-    pub(crate) fn file_status(&self, schema: &CStr) -> Option<FileStatus> {
+    /// Whether the connection was opened when durovfs was loaded.
+    pub(crate) fn is_opened_after_load(&self) -> bool {
+        self.opened_after_load
+    }
+
+    /// What our VFS says about a database of the connection; none when it did not open it.
+    pub(crate) fn file_report(&self, schema: &CStr) -> Option<FileReport> {
         // SAFETY: the connection is this call's.
-        unsafe { self.host.api.file_status(self.db, schema) }
+        unsafe { self.host.api.file_report(self.db, schema) }
+    }
+
+    /// Whether the connection has a database of that name.
+    pub(crate) fn has_schema(&self, schema: &CStr) -> bool {
+        // SAFETY: the connection is this call's.
+        unsafe { self.host.api.db_readonly(self.db, schema.as_ptr()) != -1 }
+    }
+
+    /// The names of the attached databases that are files.
+    pub(crate) fn attached_files(&self) -> Vec<CString> {
+        let mut found: Vec<CString> = Vec::new();
+        let (sql, data) = (c"PRAGMA database_list", &raw mut found);
+        let (callback, none) = (Some(on_database as Callback), std::ptr::null_mut());
+        // SAFETY: the connection is this call's; the callback runs within it, with that data. An
+        // error leaves the list short: a host may forbid the pragma.
+        unsafe {
+            let api = &self.host.api;
+            api.exec(self.db, sql.as_ptr(), callback, data.cast(), none);
+        }
+        found
+    }
+
+    /// A parameter of the URI that a database was opened with.
+    pub(crate) fn uri_parameter(&self, schema: &CStr, key: &CStr) -> Option<String> {
+        let api = &self.host.api;
+        // SAFETY: the connection is this call's; the name of a database carries its parameters.
+        unsafe {
+            let name = api.db_filename(self.db, schema.as_ptr());
+            (!name.is_null()).then(|| text(api.uri_parameter(name, key.as_ptr())))?
+        }
     }
 
     /// Path of a database; none for one in memory, or a temporary one.
@@ -242,6 +288,33 @@ impl Call<'_> {
     }
 }
 
+/// What SQLite calls for each row of a result.
+type Callback =
+    unsafe extern "C" fn(*mut c_void, c_int, *mut *mut c_char, *mut *mut c_char) -> c_int;
+
+/// A row of `PRAGMA database_list`: number, name, file.
+unsafe extern "C" fn on_database(
+    data: *mut c_void,
+    count: c_int,
+    values: *mut *mut c_char,
+    _names: *mut *mut c_char,
+) -> c_int {
+    guarded(|| {
+        if count < 3 {
+            return sqlite::SQLITE_OK;
+        }
+        // SAFETY: SQLite passes that many strings; the data is `attached_files`'s own.
+        let (name, file, found) = unsafe {
+            let (name, file) = (text(*values.add(1)), text(*values.add(2)));
+            (name, file, &mut *data.cast::<Vec<CString>>())
+        };
+        let is_file = file.is_some_and(|file| !file.is_empty());
+        let name = name.and_then(|name| CString::new(name).ok());
+        found.extend(name.filter(|name| is_file && name.as_c_str() != functions::MAIN));
+        sqlite::SQLITE_OK
+    })
+}
+
 /// A function of SQL: name, number of arguments, what SQLite calls.
 type Function = (&'static CStr, c_int, ScalarFn);
 
@@ -249,6 +322,8 @@ type Function = (&'static CStr, c_int, ScalarFn);
 /// can be called, so each host has functions of its own.
 const fn functions_of<const HOST: usize>() -> [Function; 8] {
     [
+        // The first has the connection as its data, and tells when it ends.
+        (c"durovfs_last_error", 0, x_last_error::<HOST>),
         (c"durovfs_status", 0, x_status::<HOST>),
         (c"durovfs_status", 1, x_status::<HOST>),
         (c"durovfs_bookmark", 0, x_bookmark::<HOST>),
@@ -256,7 +331,6 @@ const fn functions_of<const HOST: usize>() -> [Function; 8] {
         (c"durovfs_wait", 0, x_wait::<HOST>),
         (c"durovfs_wait", 1, x_wait::<HOST>),
         (c"durovfs_wait", 2, x_wait::<HOST>),
-        (c"durovfs_last_error", 0, x_last_error::<HOST>),
     ]
 }
 
@@ -307,11 +381,12 @@ unsafe fn answer(
             Ok(_) | Err(_) => &[],
         };
         // SAFETY: SQLite's own context.
-        let db = unsafe { api.context_db_handle(context) };
+        let (db, data) = unsafe { (api.context_db_handle(context), api.user_data(context)) };
         body(&Call {
             host,
             db,
             arguments,
+            opened_after_load: data.cast_const() == (&raw const OPENED_AFTER_LOAD).cast(),
         })
     }));
     let bug = || "a bug: a panic in a function".to_owned();

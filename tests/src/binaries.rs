@@ -48,6 +48,20 @@ pub fn program(name: &str) -> PathBuf {
     workspace().join("tests/programs").join(name)
 }
 
+/// A file that `tests/hosts/prepare` has installed.
+///
+/// # Panics
+/// When it has not: a host that is missing must not look like one that works.
+pub fn host_file(name: &str) -> PathBuf {
+    let file = workspace().join("target/hosts").join(name);
+    assert!(
+        file.exists(),
+        "{} is missing; run scripts/prepare",
+        file.display()
+    );
+    file
+}
+
 fn build() -> Binaries {
     let cargo = std::env::var_os("CARGO").unwrap_or("cargo".into());
     let status = Command::new(&cargo)

@@ -2,7 +2,7 @@
 //! several processes, a fork.
 
 use durovfs_tests::app::{plain_query, sqlite_shell};
-use durovfs_tests::binaries::{PYTHON, binaries, program, workspace};
+use durovfs_tests::binaries::{PYTHON, binaries, host_file, program};
 use durovfs_tests::cluster::{Cluster, ClusterOptions, text};
 use std::path::Path;
 use std::process::{Command, Output};
@@ -34,7 +34,7 @@ fn a_host_with_its_own_hidden_sqlite_is_protected() {
     // Broken: a program whose SQLite is linked in would write past durovfs, or crash at load.
     let cluster = Cluster::start(ClusterOptions::default());
     let database = cluster.scratch().join("apsw.db");
-    let python = workspace().join("target/apsw/bin/python");
+    let python = host_file("python/bin/python");
     assert_ran(&run_host(&cluster, &python, "apsw_host.py", &database));
     let state = cluster.wait_archived(&database, LIMIT);
     assert!(state["commit_lsn"].as_u64().unwrap() > 100, "{state}");

@@ -36,6 +36,26 @@ pub enum LogLevel {
 /// Where lines of the log go.
 pub type LogFn = fn(LogLevel, &str);
 
+/// Why a database file that was opened through the VFS is not protected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unprotected {
+    /// The host leaves its path out.
+    LeftOut,
+    /// It is open for reading only.
+    ReadOnly,
+    /// Its URI says that nobody changes it.
+    Immutable,
+}
+
+/// What the VFS says about a database file that it opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FileReport {
+    /// Its commits go to the quorum.
+    Protected(Box<FileStatus>),
+    /// They do not.
+    Unprotected(Unprotected),
+}
+
 /// What a connection says about its database.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileStatus {

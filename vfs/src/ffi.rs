@@ -4,7 +4,7 @@
 //! because `libsqlite3-sys` has the type opaque here, and an older host's table is shorter than a
 //! new header's. Nothing here links SQLite: each host in the process has its own table.
 
-use crate::connection::FileStatus;
+use crate::connection::{FileReport, FileStatus};
 use libsqlite3_sys::{
     sqlite3, sqlite3_callback, sqlite3_context, sqlite3_file, sqlite3_module, sqlite3_mutex,
     sqlite3_stmt, sqlite3_value, sqlite3_vfs,
@@ -17,9 +17,9 @@ pub struct ApiRoutines {
     _opaque: [u8; 0],
 }
 
-/// Number of the file control that asks a protected database for its [`FileStatus`]: above the
+/// Number of the file control that asks a database file for its [`FileReport`]: above the
 /// million that SQLite keeps for itself, and no other VFS's ("DUR1").
-pub const FCNTL_STATUS: c_int = 0x4455_5231;
+pub const FCNTL_REPORT: c_int = 0x4455_5231;
 
 /// A scalar function of SQL.
 pub type ScalarFn = unsafe extern "C" fn(*mut sqlite3_context, c_int, *mut *mut sqlite3_value);
@@ -27,6 +27,29 @@ pub type ScalarFn = unsafe extern "C" fn(*mut sqlite3_context, c_int, *mut *mut 
 pub type Destructor = unsafe extern "C" fn(*mut c_void);
 /// An entry point of an extension, as `auto_extension` takes it.
 pub type EntryPoint = unsafe extern "C" fn();
+
+/// The oldest SQLite that can be served: the first whose table has all slots.
+const OLDEST_VERSION: c_int = 3_037_000;
+
+/// Why a SQLite cannot be served. Nothing of it is protected then.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum HostProblem {
+    /// It handed over no table of functions.
+    #[error("this SQLite cannot load extensions: it hands over no functions")]
+    NoTable,
+    /// Its version is below [`OLDEST_VERSION`].
+    #[error(
+        "SQLite {0} of this program is too old, nothing is protected: run the program with SQLite \
+         3.37 or newer"
+    )]
+    TooOld(String),
+    /// It was built without a function.
+    #[error(
+        "this SQLite was built without sqlite3_{0}, nothing is protected: run the program with one \
+         that was built whole"
+    )]
+    Lacks(&'static str),
+}
 
 /// The table of one host. Copying it is cheap; it is valid as long as the host's library is loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +97,7 @@ macro_rules! slots {
 }
 
 // What hosts are told apart by, and a version before it is known that the table is long enough.
+const LIBVERSION_SLOT: usize = 66;
 const LIBVERSION_NUMBER_SLOT: usize = 67;
 const VFS_REGISTER_SLOT: usize = 142;
 const LOG_SLOT: usize = 167;
@@ -187,28 +211,54 @@ slots! {
 }
 
 impl Api {
-    /// The table that a host handed over; none when a slot that is needed is empty (a host that
-    /// was built with parts left out, or is older than 3.37).
+    /// The table that a host handed over.
+    ///
+    /// # Errors
+    /// When the host cannot be served.
     ///
     /// # Safety
     /// `table` is the `sqlite3_api_routines` that SQLite passed to an extension's entry point.
-    pub unsafe fn new(table: *const ApiRoutines) -> Option<Self> {
+    pub unsafe fn new(table: *const ApiRoutines) -> Result<Self, HostProblem> {
         let api = Self { table };
         if table.is_null() {
-            return None;
+            return Err(HostProblem::NoTable);
         }
-        // SAFETY: by the caller's promise; the slot is older than any host.
-        unsafe { api.raw(LIBVERSION_NUMBER_SLOT) }?;
-        // What lies behind the table of a host older than 3.37 must not be read.
+        // SAFETY: by the caller's promise; the slots are older than any host.
+        let version = unsafe {
+            api.raw(LIBVERSION_NUMBER_SLOT)
+                .and(api.raw(LIBVERSION_SLOT))
+        };
+        if version.is_none() {
+            return Err(HostProblem::NoTable);
+        }
+        // What lies behind the table of an older host must not be read.
         // SAFETY: the slot was just found filled.
-        if unsafe { api.libversion_number() } < 3_037_000 {
-            return None;
+        if unsafe { api.libversion_number() } < OLDEST_VERSION {
+            return Err(HostProblem::TooOld(api.version()));
         }
         // SAFETY: every index is below the end of a 3.37 table.
-        let filled = SLOTS
+        let empty = SLOTS
             .iter()
-            .all(|(_, index)| unsafe { api.raw(*index) }.is_some());
-        filled.then_some(api)
+            .find(|(_, index)| unsafe { api.raw(*index) }.is_none());
+        match empty {
+            Some((name, _)) => Err(HostProblem::Lacks(name)),
+            None => Ok(api),
+        }
+    }
+
+    /// Stores the line of a failed load where an entry point has it. Also for a host that cannot be
+    /// served: one that is too old has this much.
+    ///
+    /// # Safety
+    /// The arguments are those that SQLite passed to an extension's entry point.
+    pub unsafe fn store_error(table: *const ApiRoutines, error: *mut *mut c_char, line: &str) {
+        let api = Self { table };
+        // SAFETY: by the caller's promise; the slot is older than any host.
+        if table.is_null() || error.is_null() || unsafe { api.raw(MPRINTF_SLOT) }.is_none() {
+            return;
+        }
+        // SAFETY: SQLite's own place; it frees what is stored there.
+        unsafe { *error = api.copy_text(line) };
     }
 
     unsafe fn raw(&self, index: usize) -> Option<unsafe extern "C" fn()> {
@@ -268,16 +318,29 @@ impl Api {
         unsafe { text(self.libversion()) }.unwrap_or_default()
     }
 
-    /// Asks the database `schema` of a connection for its status; none when it is not protected.
+    /// Asks the database `schema` of a connection what it is to durovfs; none when it was not
+    /// opened through our VFS.
     ///
     /// # Safety
     /// `db` is an open connection of this host, used by this thread only until the call returns.
-    pub unsafe fn file_status(&self, db: *mut sqlite3, schema: &CStr) -> Option<FileStatus> {
-        let mut status: Option<FileStatus> = None;
-        let argument: *mut Option<FileStatus> = &raw mut status;
+    pub unsafe fn file_report(&self, db: *mut sqlite3, schema: &CStr) -> Option<FileReport> {
+        let mut report: Option<FileReport> = None;
+        let argument: *mut Option<FileReport> = &raw mut report;
         // SAFETY: our VFS alone knows the operation, and takes the argument for what it is.
-        let code = unsafe { self.file_control(db, schema.as_ptr(), FCNTL_STATUS, argument.cast()) };
-        status.filter(|_| code == libsqlite3_sys::SQLITE_OK)
+        let code = unsafe { self.file_control(db, schema.as_ptr(), FCNTL_REPORT, argument.cast()) };
+        report.filter(|_| code == libsqlite3_sys::SQLITE_OK)
+    }
+
+    /// The status of the database `schema` of a connection; none when it is not protected.
+    ///
+    /// # Safety
+    /// As of [`Api::file_report`].
+    pub unsafe fn file_status(&self, db: *mut sqlite3, schema: &CStr) -> Option<FileStatus> {
+        // SAFETY: by the caller's promise.
+        match unsafe { self.file_report(db, schema) }? {
+            FileReport::Protected(status) => Some(*status),
+            FileReport::Unprotected(_) => None,
+        }
     }
 }
 

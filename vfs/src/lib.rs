@@ -34,8 +34,8 @@ mod vacuum;
 mod wal_end;
 pub mod wal_tap;
 
-pub use connection::{FileStatus, LogFn, LogLevel};
+pub use connection::{FileReport, FileStatus, LogFn, LogLevel, Unprotected};
 pub use deferred::Durability;
-pub use ffi::{Api, ApiRoutines};
+pub use ffi::{Api, ApiRoutines, HostProblem};
 pub use shim::{Options, RegisterError, register};
 pub use sink::Sink;

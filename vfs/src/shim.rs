@@ -23,9 +23,9 @@ mod file_methods;
 mod vacuum_into;
 mod vfs_methods;
 
-use crate::connection::{Connection, LogFn, LogLevel, Surroundings};
+use crate::connection::{Connection, LogFn, LogLevel, Surroundings, Unprotected};
 use crate::deferred::Durability;
-use crate::ffi::{Api, ApiRoutines, text};
+use crate::ffi::{Api, ApiRoutines, HostProblem, text};
 use crate::mark::mark_path;
 use crate::open;
 use crate::pragma::durability;
@@ -61,11 +61,11 @@ pub struct Options {
 }
 
 /// Why the VFS was not registered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RegisterError {
-    /// The host is older than 3.37, or built with functions left out that are needed.
-    #[error("the host's SQLite is older than 3.37 or lacks functions that durovfs needs")]
-    Host,
+    /// The host is not one that can be served.
+    #[error(transparent)]
+    Host(#[from] HostProblem),
     /// The host has no VFS to wrap.
     #[error("the host's SQLite has no default VFS")]
     NoBase,
@@ -110,7 +110,7 @@ pub unsafe fn register(
     options: Options,
 ) -> Result<(), RegisterError> {
     // SAFETY: by the caller's promise.
-    let api = unsafe { Api::new(api) }.ok_or(RegisterError::Host)?;
+    let api = unsafe { Api::new(api) }?;
     let mut hosts = locked(&HOSTS);
     let known = hosts.iter().find(|(key, _)| *key == api.host_key());
     // SAFETY: the name is a C string; the host is initialized, or it could not load extensions.
@@ -206,7 +206,10 @@ struct Inner {
 }
 
 enum Kind {
+    /// No database, or one that nobody but its connection sees.
     Plain,
+    /// A database file that passes through.
+    Unprotected(Unprotected),
     /// The rollback journal of a protected database.
     Journal,
     Database(Arc<Mutex<Connection>>),
@@ -241,8 +244,7 @@ fn kind_of(
     if flags & sqlite::SQLITE_OPEN_MAIN_JOURNAL != 0 {
         return Ok(database_of(host, name).map_or(Kind::Plain, |_| Kind::Journal));
     }
-    let writable = flags & sqlite::SQLITE_OPEN_READWRITE != 0;
-    if flags & sqlite::SQLITE_OPEN_MAIN_DB == 0 || !writable {
+    if flags & sqlite::SQLITE_OPEN_MAIN_DB == 0 {
         return Ok(Kind::Plain);
     }
     // SAFETY: the name of a main database carries its URI parameters.
@@ -254,14 +256,20 @@ fn kind_of(
             host.api.uri_boolean(name, c"durovfs_takeover".as_ptr(), 0) != 0,
         )
     };
+    if immutable {
+        return Ok(Kind::Unprotected(Unprotected::Immutable));
+    }
+    if flags & sqlite::SQLITE_OPEN_READWRITE == 0 {
+        return Ok(Kind::Unprotected(Unprotected::ReadOnly));
+    }
     // SAFETY: SQLite's names are C strings.
     let Some(path) = (unsafe { text(name) }).map(PathBuf::from) else {
         let line = "a database path that is not UTF-8 cannot be protected";
         host.tell(LogLevel::Error, line);
         return Err(sqlite::SQLITE_CANTOPEN);
     };
-    if immutable || (given.is_none() && !(host.options.is_included)(&path)) {
-        return Ok(Kind::Plain);
+    if given.is_none() && !(host.options.is_included)(&path) {
+        return Ok(Kind::Unprotected(Unprotected::LeftOut));
     }
     if given.is_none() && !is_asked_for(host, name) && is_vacuum_target(host, &path) {
         let line = format!("{}: not protected: made by VACUUM INTO", path.display());

@@ -2,10 +2,10 @@
 //! the content of a protected database, pass through.
 
 use super::{Host, Inner, Kind, ShimFile, guarded, locked};
-use crate::FileStatus;
+use crate::FileReport;
 use crate::connection::{Connection, LogLevel};
 use crate::error::Refusal;
-use crate::ffi::{FCNTL_STATUS, text};
+use crate::ffi::{FCNTL_REPORT, text};
 use crate::pragma::PragmaAnswer;
 use libsqlite3_sys as sqlite;
 use libsqlite3_sys::{sqlite3_file, sqlite3_io_methods};
@@ -80,7 +80,8 @@ fn code_of(result: Result<(), Refusal>) -> c_int {
 impl Inner {
     /// Connections do not survive a fork: the child would write with its parent's view.
     fn is_inherited(&self) -> bool {
-        std::process::id() != self.process && !matches!(self.kind, Kind::Plain)
+        std::process::id() != self.process
+            && !matches!(self.kind, Kind::Plain | Kind::Unprotected(_))
     }
 }
 
@@ -141,7 +142,9 @@ pub(super) unsafe extern "C" fn x_write(
         // SAFETY: SQLite's buffer of that size.
         let buffer = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), bytes as usize) };
         match &inner.kind {
-            Kind::Plain | Kind::Journal => call!(inner.real, xWrite, data, bytes, offset),
+            Kind::Plain | Kind::Journal | Kind::Unprotected(_) => {
+                call!(inner.real, xWrite, data, bytes, offset)
+            }
             Kind::Database(connection) => {
                 code_of(locked(connection).write_database(offset as u64, buffer))
             }
@@ -163,7 +166,7 @@ pub(super) unsafe extern "C" fn x_truncate(file: *mut sqlite3_file, size: i64) -
         let code = call!(inner.real, xTruncate, size);
         if code == sqlite::SQLITE_OK {
             match &inner.kind {
-                Kind::Plain | Kind::Journal => {}
+                Kind::Plain | Kind::Journal | Kind::Unprotected(_) => {}
                 Kind::Database(connection) => locked(connection).database_truncated(),
                 Kind::Wal(connection) => {
                     return code_of(locked(connection).wal_truncated(size as u64));
@@ -176,7 +179,7 @@ pub(super) unsafe extern "C" fn x_truncate(file: *mut sqlite3_file, size: i64) -
 
 pub(super) unsafe extern "C" fn x_sync(file: *mut sqlite3_file, flags: c_int) -> c_int {
     with_file(file, |inner| match &inner.kind {
-        Kind::Plain | Kind::Journal => call!(inner.real, xSync, flags),
+        Kind::Plain | Kind::Journal | Kind::Unprotected(_) => call!(inner.real, xSync, flags),
         Kind::Wal(connection) => {
             let needed = locked(connection).sync_wal();
             match needed {
@@ -253,17 +256,17 @@ pub(super) unsafe extern "C" fn x_file_control(
     argument: *mut c_void,
 ) -> c_int {
     with_file(file, |inner| {
+        if operation == FCNTL_REPORT
+            && let Some(report) = report(inner)
+        {
+            // SAFETY: `Api::file_report` alone sends this operation, with this argument.
+            unsafe { *argument.cast::<Option<FileReport>>() = Some(report) };
+            return sqlite::SQLITE_OK;
+        }
         let Kind::Database(connection) = &inner.kind else {
             return call!(inner.real, xFileControl, operation, argument);
         };
         match operation {
-            FCNTL_STATUS => {
-                // SAFETY: `Api::file_status` alone sends this operation, with this argument.
-                unsafe {
-                    *argument.cast::<Option<FileStatus>>() = Some(locked(connection).status())
-                };
-                return sqlite::SQLITE_OK;
-            }
             sqlite::SQLITE_FCNTL_PRAGMA => {
                 if let Some(code) = pragma(inner, connection, argument.cast()) {
                     return code;
@@ -290,6 +293,18 @@ pub(super) unsafe extern "C" fn x_file_control(
         }
         code
     })
+}
+
+/// None of a file that is no database.
+fn report(inner: &Inner) -> Option<FileReport> {
+    match &inner.kind {
+        Kind::Database(connection) => {
+            let status = locked(connection).status();
+            Some(FileReport::Protected(Box::new(status)))
+        }
+        Kind::Unprotected(why) => Some(FileReport::Unprotected(*why)),
+        Kind::Plain | Kind::Wal(_) => None,
+    }
 }
 
 /// Puts our name before that of the VFS below.
@@ -338,7 +353,7 @@ pub(super) unsafe extern "C" fn x_device_characteristics(file: *mut sqlite3_file
     with_file(file, |inner| {
         let real = call!(inner.real, xDeviceCharacteristics);
         match inner.kind {
-            Kind::Plain | Kind::Journal => real,
+            Kind::Plain | Kind::Journal | Kind::Unprotected(_) => real,
             // Without it SQLite pads a commit with copies of its last frame, and splits writes at
             // a sync. Batch writes are committed by the file system, out of the gate's sight.
             Kind::Database(_) | Kind::Wal(_) => {
