@@ -303,7 +303,7 @@ fn report(inner: &Inner) -> Option<FileReport> {
             Some(FileReport::Protected(Box::new(status)))
         }
         Kind::Unprotected(why) => Some(FileReport::Unprotected(*why)),
-        Kind::Plain | Kind::Wal(_) => None,
+        Kind::Plain | Kind::Journal | Kind::Wal(_) => None,
     }
 }
 
