@@ -5,7 +5,7 @@
 use crate::connection::{Connection, LogLevel};
 use crate::error::{Refusal, RefusalKind};
 use crate::file::{BaseFile, FileIdentity};
-use crate::mark::{InFlight, KnownTransaction, MarkState, WalPosition, with_suffix};
+use crate::mark::{InFlight, KnownTransaction, MarkState, WalPosition, describe, with_suffix};
 use crate::page_table::PageChanges;
 use crate::survey::{Content, DatabaseHeader, WalSurvey};
 use crate::wal_tap::Completion;
@@ -330,13 +330,6 @@ impl Connection {
         })?;
         Err(refusal)
     }
-}
-
-fn describe(wal: &WalPosition) -> String {
-    format!(
-        "frame {} of salts {:08x} {:08x}",
-        wal.frame, wal.salts.0, wal.salts.1
-    )
 }
 
 /// What is written to an open file that has no name any more nobody will find.

@@ -483,6 +483,14 @@ pub fn note_wal_ended(database_path: &Path) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// A place in a WAL, for people.
+pub(crate) fn describe(wal: &WalPosition) -> String {
+    format!(
+        "frame {} of salts {:08x} {:08x}",
+        wal.frame, wal.salts.0, wal.salts.1
+    )
+}
+
 /// Makes an empty slot's worth of a bad-argument error.
 pub(crate) fn misuse(message: &str) -> Refusal {
     Refusal::new(RefusalKind::File(sqlite::SQLITE_IOERR), message)

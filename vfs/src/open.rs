@@ -12,6 +12,7 @@
 //!
 //! The first opener does this under SQLite's exclusive lock; who finds the database in use joins.
 
+mod joining;
 mod resolution;
 
 use crate::connection::{Connection, LogLevel, Surroundings};
@@ -95,10 +96,10 @@ where
             if let Some(refusal) = deferred::lost(surroundings.sink.as_ref(), log.database) {
                 return Err(Refusal::cannot_open(refusal.message));
             }
-            let path = path.to_owned();
+            let (mark, _) = joining::check(&surroundings, name, path, (mark, state))?;
             return Ok(Connection::new(
                 surroundings,
-                path,
+                path.to_owned(),
                 mark,
                 Box::new(file),
                 (log.database, log.epoch),
@@ -166,6 +167,12 @@ struct Opener<'a> {
 
 impl Opener<'_> {
     fn run(&self) -> Result<Next, Refusal> {
+        if self.file.has_moved()? {
+            return Err(Refusal::cannot_open(format!(
+                "{}: was replaced while it was opened: open it again",
+                self.path.display()
+            )));
+        }
         if self.has_hot_journal()? {
             return Ok(Next::RecoverJournal);
         }

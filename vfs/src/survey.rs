@@ -5,7 +5,9 @@ use crate::error::Refusal;
 use crate::file::BaseFile;
 use crate::mark::{KnownTransaction, WalPosition};
 use crate::page_table::{PageChanges, PageTable};
-use durovfs_wire::wal::{FRAME_HEADER_BYTES, FrameHeader, WAL_HEADER_BYTES, WalHeader};
+use durovfs_wire::wal::{
+    FRAME_HEADER_BYTES, FrameHeader, WAL_HEADER_BYTES, WalChecksum, WalHeader,
+};
 use durovfs_wire::{DatabaseChecksum, PageChecksum, PageNo, PageSize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -99,21 +101,11 @@ impl WalSurvey {
         let mut chain = header.checksum;
         let mut bytes = vec![0u8; FRAME_HEADER_BYTES + header.page_size.get()];
         for index in 1u32.. {
-            let offset = WalHeader::frame_offset(header.page_size, index);
-            if wal.read_at(&mut bytes, offset)? < bytes.len() {
-                break;
-            }
-            let (head, image) = bytes.split_at(FRAME_HEADER_BYTES);
-            let mut fixed = [0u8; FRAME_HEADER_BYTES];
-            fixed.copy_from_slice(head);
-            let frame = FrameHeader::parse(&fixed);
-            let Some(page_no) = PageNo::new(frame.page_no) else {
+            let Some((frame, page_no)) = valid_frame(wal, &header, index, chain, &mut bytes)?
+            else {
                 break;
             };
-            chain = frame.chain(chain, header.big_endian_checksums, image);
-            if frame.salts != header.salts || frame.checksum != chain {
-                break;
-            }
+            chain = frame.checksum;
             pending.push((page_no, index));
             if frame.commit_page_count != 0 {
                 pages.extend(pending.drain(..));
@@ -131,6 +123,65 @@ impl WalSurvey {
             pages,
         }))
     }
+}
+
+/// The frame at an index, if the chain of salts and checksums holds through it. `bytes` has room
+/// for a frame.
+fn valid_frame(
+    wal: &dyn BaseFile,
+    header: &WalHeader,
+    index: u32,
+    chain: WalChecksum,
+    bytes: &mut [u8],
+) -> Result<Option<(FrameHeader, PageNo)>, Refusal> {
+    let offset = WalHeader::frame_offset(header.page_size, index);
+    if wal.read_at(bytes, offset)? < bytes.len() {
+        return Ok(None);
+    }
+    let (head, image) = bytes.split_at(FRAME_HEADER_BYTES);
+    let mut fixed = [0u8; FRAME_HEADER_BYTES];
+    fixed.copy_from_slice(head);
+    let frame = FrameHeader::parse(&fixed);
+    let Some(page_no) = PageNo::new(frame.page_no) else {
+        return Ok(None);
+    };
+    let chain = frame.chain(chain, header.big_endian_checksums, image);
+    let holds = frame.salts == header.salts && frame.checksum == chain;
+    Ok(holds.then_some((frame, page_no)))
+}
+
+/// Where a WAL ends that has commits after a place; none when it has none. A WAL of another
+/// generation than the place's has only what came after.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn committed_after(
+    wal: &dyn BaseFile,
+    place: Option<WalPosition>,
+) -> Result<Option<WalPosition>, Refusal> {
+    let mut head = [0u8; WAL_HEADER_BYTES];
+    let read = wal.read_at(&mut head, 0)?;
+    let Some(header) = WalHeader::parse(&head).filter(|_| read == head.len()) else {
+        return Ok(None);
+    };
+    let mut at = place
+        .filter(|place| place.salts == header.salts)
+        .unwrap_or(WalPosition {
+            salts: header.salts,
+            checkpoint_sequence: header.checkpoint_sequence,
+            frame: 0,
+            checksum: header.checksum,
+        });
+    let mut end = None;
+    let mut bytes = vec![0u8; FRAME_HEADER_BYTES + header.page_size.get()];
+    while let Some((frame, _)) = valid_frame(wal, &header, at.frame + 1, at.checksum, &mut bytes)? {
+        at.frame += 1;
+        at.checksum = frame.checksum;
+        if frame.commit_page_count != 0 {
+            end = Some(at);
+        }
+    }
+    Ok(end)
 }
 
 /// A database file with the committed part of its WAL laid over it.

@@ -161,6 +161,37 @@ fn a_foreign_write_is_refused_at_the_next_write() {
     }
 }
 
+/// Broken, an application that opens a database which others have open reads what somebody wrote
+/// there without durovfs, and is told nothing.
+#[test]
+fn a_foreign_write_is_refused_at_an_open_that_joins() {
+    for restarted in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let name = path.to_str().unwrap();
+        let db = open_wal(&path);
+        exec(&db, "CREATE TABLE t(a); INSERT INTO t VALUES (1)");
+        let plain = open_plain(&path);
+        if restarted {
+            exec(&plain, "PRAGMA wal_checkpoint(RESTART)");
+        }
+        exec(&plain, "BEGIN IMMEDIATE; ROLLBACK");
+        drop(open(&path));
+        exec(&plain, "INSERT INTO t VALUES (2)");
+        for _ in 0..2 {
+            let error = try_open(&path).unwrap_err();
+            assert_eq!(code(&error) & 0xff, sqlite::SQLITE_CANTOPEN);
+            let line = durovfs_vfs::shim::last_open_refusal();
+            let lsn = format!("lsn {} ", sink().last_lsn(name));
+            assert!(
+                line.contains(&lsn) && line.contains("durovfs resolve"),
+                "{line}"
+            );
+        }
+        try_exec(&db, "INSERT INTO t VALUES (3)").unwrap_err();
+    }
+}
+
 /// Broken, a checkpoint by a process without durovfs, which changes nothing, locks users out.
 #[test]
 fn a_foreign_checkpoint_is_no_foreign_write() {
