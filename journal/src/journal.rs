@@ -375,6 +375,12 @@ impl Journal {
             return;
         };
         let commit_lsn = table.state().commit_lsn;
+        // Damage takes back what is known to be committed, also while this call is on its way.
+        let lsn = if table.state().mending {
+            lsn.min(commit_lsn)
+        } else {
+            lsn
+        };
         assert!(
             lsn <= commit_lsn,
             "database {database}: entries through lsn {lsn} must not be dropped, only those \

@@ -246,15 +246,16 @@ impl ReplicaLog {
             }
             return None;
         }
+        if matches!(notice.what, Written::Damaged) {
+            // Whichever machine wanted it: the journal holds less now than this one believes. If it
+            // could not be noted, the entry was cut off in between, or it is found once more.
+            let damage = self.damage.take();
+            return notice.result.err().or(damage);
+        }
         // Machines count their promises from one each: the notice of an earlier machine's promise
         // would pass for one of this machine's that is not on disk yet.
         if notice.machine != self.machine_number {
             return None;
-        }
-        if matches!(notice.what, Written::Damaged) {
-            // Also when it could not be noted: the entry may have been cut off in between, or it is
-            // found again.
-            return notice.result.err().or(self.damage.take());
         }
         match (notice.what, notice.result) {
             (
@@ -285,7 +286,10 @@ impl ReplicaLog {
         let persisted = state.as_ref().map(persisted).unwrap_or_default();
         self.machine = Replica::new(self.database, persisted);
         self.machine_number += 1;
-        self.damage = None;
+        if let Some(damage) = &self.damage {
+            // The journal does not know of it yet.
+            self.machine.handle_trouble(damage.to_string());
+        }
         self.noted_archive_lsn = self.machine.archive_lsn().min(self.noted_archive_lsn);
         self.journal.resume(self.database);
     }

@@ -13,7 +13,19 @@ const HEADER_BYTES: usize = 4096;
 /// # Panics
 /// When the node has no journal.
 pub fn segments(cluster: &Cluster, node: &str) -> Vec<PathBuf> {
-    let journal = cluster.node_path(node).join("data").join("journal");
+    segments_of(cluster, node, "journal")
+}
+
+/// The segments of a node's journal of the logs that it is primary of.
+///
+/// # Panics
+/// When the node has no journal.
+pub fn own_segments(cluster: &Cluster, node: &str) -> Vec<PathBuf> {
+    segments_of(cluster, node, "primary-journal")
+}
+
+fn segments_of(cluster: &Cluster, node: &str, folder: &str) -> Vec<PathBuf> {
+    let journal = cluster.node_path(node).join("data").join(folder);
     let files = std::fs::read_dir(journal).expect("list the journal");
     let mut segments: Vec<PathBuf> = files
         .map(|file| file.expect("list the journal").path())

@@ -2,7 +2,7 @@
 //! fed until all five are the same again.
 
 use durovfs_tests::cluster::{Cluster, ClusterOptions};
-use durovfs_tests::damage::{append_garbage, flip_bit, segments, truncate_tail};
+use durovfs_tests::damage::{append_garbage, flip_bit, own_segments, segments, truncate_tail};
 use durovfs_tests::image::{assert_same, checksum_of, copy_database, image_of};
 use durovfs_tests::outcomes::{Told, Writer, create_tables};
 use durovfs_tests::replay::{copy_journals, replay};
@@ -16,6 +16,9 @@ const ENDLESS: u64 = 1 << 40;
 const REPORTED: &str = "going on with what is left";
 const FOUND_RUNNING: &str = "an entry cannot be read";
 const WHOLE: &str = "the damaged log is whole again";
+/// What a primary says when an entry of its own copy is bad, and when the log is open.
+const OWN_FOUND: &str = "an entry of our own journal cannot be read";
+const OPEN: &str = "the log is open";
 
 fn times_logged(cluster: &Cluster, node: &str, what: &str) -> usize {
     let log = std::fs::read(cluster.node_path(node).join("sidecar.log")).expect("read the log");
@@ -140,6 +143,42 @@ fn damaged_journals_are_reported_and_mended_while_commits_go_on() {
     let last = Writer::start(&cluster, &database, 1, outcomes.next_row(), 1, TIMEOUT).finish(LIMIT);
     assert_eq!(last.committed(), 1, "{last:?}");
     let mut outcomes = outcomes;
+    outcomes.extend(last);
+    cluster.wait_level(&database, LIMIT);
+    check_all(&mut cluster, &database, |copy| {
+        outcomes.check("file", copy, 1);
+    });
+}
+
+#[test]
+fn a_primary_whose_own_journal_is_damaged_fetches_what_it_lacks() {
+    // Broken: a bad sector under the primary, whose journal is no vote, stops its databases.
+    let mut cluster = Cluster::start(ClusterOptions::journals_keep_all());
+    cluster.kill("primary");
+    cluster.set("primary", "scrub_interval", "500ms");
+    cluster.start_node("primary");
+    let database = cluster.scratch().join("app.db");
+    create_tables(&cluster, &database, 1);
+    let mut writer = Writer::start(&cluster, &database, 1, 1, ENDLESS, TIMEOUT);
+    writer.wait_committed(50, LIMIT);
+    let opened = times_logged(&cluster, "primary", OPEN);
+
+    flip_bit(&own_segments(&cluster, "primary")[0], 50);
+    wait_logged(&cluster, "primary", OWN_FOUND, 1);
+    wait_logged(&cluster, "primary", OPEN, opened + 1);
+    let before = writer.so_far().committed();
+    writer.wait_committed(before + 20, LIMIT);
+
+    damage_stopped(&cluster, &["primary"], |node| {
+        // Well before the entry that is bad already.
+        flip_bit(&own_segments(&cluster, node)[0], 10);
+    });
+    wait_logged(&cluster, "primary", REPORTED, 1);
+    let before = writer.so_far().committed();
+    writer.wait_committed(before + 20, LIMIT);
+    let mut outcomes = writer.kill();
+    let last = Writer::start(&cluster, &database, 1, outcomes.next_row(), 1, TIMEOUT).finish(LIMIT);
+    assert_eq!(last.committed(), 1, "{last:?}");
     outcomes.extend(last);
     cluster.wait_level(&database, LIMIT);
     check_all(&mut cluster, &database, |copy| {

@@ -320,6 +320,9 @@ fn an_entry_that_cannot_be_read_is_told_cut_off_and_written_again() {
     write(&journal, vec![damaged]).unwrap();
     let state = journal.state(database(1)).unwrap();
     assert!(state.mending && state.last.lsn.get() == 2 && state.commit_lsn.get() == 2);
+    // Asked for before the damage was known: only what is left is dropped.
+    journal.drop_through(database(1), Lsn::new(5));
+    assert_eq!(journal.state(database(1)).unwrap().first_lsn.get(), 3);
     for lsn in 3..6 {
         write(&journal, vec![transaction(1, 1, lsn, vec![1; 3000])]).unwrap();
     }
@@ -331,7 +334,7 @@ fn an_entry_that_cannot_be_read_is_told_cut_off_and_written_again() {
     drop(journal);
     let journal = open(&disk);
     assert_eq!(journal.state(database(1)).unwrap(), before);
-    assert_eq!(read(&journal, 1, 1, 5).len(), 5);
+    assert_eq!(read(&journal, 1, 3, 5).len(), 3);
 }
 
 /// Broken if this fails: what goes bad after a repair, in a segment older than the repair, is not
@@ -367,4 +370,45 @@ fn more_damage_before_a_known_one_is_reported() {
     assert_eq!(journal.damages().len(), 2);
     assert!(states[0].mending && states[0].last.lsn.get() < left);
     assert_eq!(states[0].promised.get(), 2);
+}
+
+/// Broken if this fails: a journal that does not sync takes damage before a known one for a torn
+/// end, and throws away all that follows.
+#[test]
+fn the_same_without_syncs() {
+    let disk = MemoryDisk::default();
+    let (journal, _) = Journal::open_on(Arc::new(disk.clone()), options(false)).unwrap();
+    write(&journal, vec![promise(1, 1), start(1, 1, 1, None)]).unwrap();
+    for lsn in 2..=9 {
+        write(&journal, vec![transaction(1, 1, lsn, vec![1; 3000])]).unwrap();
+    }
+    let name = segments(&disk).remove(0);
+    let flip = |record: usize| {
+        let (offset, _) = records(&disk, &name)[record];
+        disk.edit(&name, |bytes| bytes[offset + 600] ^= 1);
+    };
+    flip(6);
+    let damaged = Record::Damaged {
+        database: database(1),
+        first_lsn: Lsn::new(6),
+    };
+    write(&journal, vec![damaged]).unwrap();
+    for lsn in 6..=9 {
+        write(&journal, vec![transaction(1, 1, lsn, vec![1; 3000])]).unwrap();
+    }
+    assert_eq!(segments(&disk).len(), 2);
+    let mend = |disk: &MemoryDisk| {
+        let options = JournalOptions {
+            mend: true,
+            ..options(false)
+        };
+        Journal::open_on(Arc::new(disk.copy()), options).unwrap()
+    };
+    let (journal, states) = mend(&disk);
+    assert_eq!(journal.damages(), []);
+    assert_eq!(states[0].last.lsn.get(), 9);
+    flip(4);
+    let (journal, states) = mend(&disk);
+    assert!(!journal.damages().is_empty());
+    assert_eq!(states[0].last.lsn.get(), 3);
 }

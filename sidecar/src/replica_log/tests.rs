@@ -145,3 +145,87 @@ fn a_notice_for_an_earlier_machine_is_not_taken_for_this_ones() {
         "{told:?}"
     );
 }
+
+fn unreadable() -> JournalError {
+    JournalError::Damaged {
+        segment: "journal-0000000000000001.seg".to_owned(),
+        offset: 4096,
+        detail: "record checksum mismatch".to_owned(),
+    }
+}
+
+/// Epochs 1 and 2, each with its start on disk and acked.
+fn two_entries() -> Bench {
+    let mut bench = Bench::new();
+    for number in [1, 2] {
+        bench.claim(number);
+        bench.driver.write_waiting();
+        bench.hear();
+        bench.append_start(number, u64::from(number));
+        bench.driver.write_waiting();
+        bench.hear();
+    }
+    bench
+}
+
+fn refused(messages: &[ReplicaMessage]) -> bool {
+    let storage = |message: &ReplicaMessage| {
+        let ReplicaMessage::Rejected { reason, .. } = message else {
+            return false;
+        };
+        matches!(reason, RejectReason::Storage { .. })
+    };
+    !messages.is_empty() && messages.iter().all(storage)
+}
+
+// If this failed, a replica would vote with a log that lacks what it acked, or never again.
+#[test]
+fn after_damage_the_promise_is_no_vote_until_the_log_is_fed_again() {
+    let mut bench = two_entries();
+    bench.log.handle_damage(Lsn::new(2), unreadable());
+    assert!(refused(&bench.messages()));
+    assert!(refused(&bench.claim(3)), "the journal has not noted it yet");
+    bench.driver.write_waiting();
+    bench.hear();
+    bench.claim(3);
+    bench.driver.write_waiting();
+    let told = bench.hear();
+    let [ReplicaMessage::Promised(promise)] = &told[..] else {
+        panic!("{told:?}")
+    };
+    assert!(
+        promise.mending && promise.last.lsn == Lsn::new(1),
+        "{promise:?}"
+    );
+    bench.log.handle_mend(Epoch::new(3), Lsn::new(2));
+    bench.append_start(3, 2);
+    assert!(bench.log.machine().is_mending());
+    bench.driver.write_waiting();
+    assert!(matches!(bench.hear()[..], [ReplicaMessage::Ack { .. }]));
+    assert!(!bench.log.machine().is_mending());
+    bench.driver.write_waiting();
+    let state = bench.log.journal.state(database()).unwrap();
+    assert!(!state.mending, "the journal does not know that it is whole");
+}
+
+// If this failed, a replica would go on with entries that its journal has cut off.
+#[test]
+fn damage_counts_whichever_machine_heard_of_it() {
+    let mut bench = two_entries();
+    bench.claim(3);
+    bench.driver.write_waiting();
+    bench.hear();
+    bench.append_start(3, 3);
+    bench.disk.fail_after(0);
+    bench.driver.write_waiting();
+    bench.log.handle_damage(Lsn::new(1), unreadable());
+    bench.messages();
+    // The part that failed makes a new machine; the damage is still on its way.
+    bench.hear();
+    assert!(refused(&bench.claim(4)));
+    bench.driver.write_waiting();
+    bench.hear();
+    assert_eq!(bench.log.machine().last(), LogPosition::ZERO);
+    assert!(bench.log.machine().is_mending());
+    assert_eq!(bench.log.machine().promised(), Epoch::new(3));
+}
