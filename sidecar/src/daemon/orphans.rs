@@ -54,8 +54,9 @@ impl Node {
         }
         self.orphans_looked = Some(now);
         for replica in self.replicas.values_mut() {
-            let primary = replica.log.machine().primary();
-            let heard = primary.and_then(|node| self.inbound.get(node));
+            let heard = replica
+                .last_primary()
+                .and_then(|node| self.inbound.get(node));
             if heard.is_some_and(|inbound| now - inbound.heard < SILENT_AFTER) {
                 replica.orphan = OrphanState {
                     running: replica.orphan.running,

@@ -77,6 +77,8 @@ impl Node {
                     .primaries
                     .get_mut(&database)
                     .and_then(|db| db.feeds.get_mut(&node))
+                    // One that was refused is tried again after a pause, and must not be forgotten.
+                    && !matches!(feed.state, super::feed::FeedState::Refusing { .. })
                 {
                     feed.state = super::feed::FeedState::Stopped;
                 }

@@ -49,6 +49,11 @@ pub struct Inbound {
 }
 
 impl ReplicaDatabase {
+    /// The node that is, or was last, the primary, as far as is known since this node started.
+    pub fn last_primary(&self) -> Option<&NodeName> {
+        self.log.machine().primary().or(self.holder.as_ref())
+    }
+
     fn new(name: String, log: ReplicaLog) -> Self {
         Self {
             name,
