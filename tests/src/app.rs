@@ -1,6 +1,6 @@
 //! Applications under test: Debian's Python and SQLite shell, driven through pipes.
 
-use crate::binaries::{PYTHON, SQLITE3, binaries, program};
+use crate::binaries::{PYTHON, SQLITE3, binaries, host_command, program};
 use crate::cluster::Cluster;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
@@ -101,7 +101,7 @@ impl App {
     /// # Panics
     /// When the program cannot be started.
     pub fn spawn(client_config: &Path) -> Self {
-        let mut child = Command::new(PYTHON)
+        let mut child = host_command(PYTHON)
             .arg(program("session.py"))
             .env("DUROVFS_CONFIG", client_config)
             .stdin(Stdio::piped())
@@ -219,7 +219,7 @@ impl Drop for App {
 /// # Panics
 /// When the shell cannot be run.
 pub fn sqlite_shell(client_config: &Path, database: &Path, input: &str) -> Output {
-    let mut child = Command::new(SQLITE3)
+    let mut child = host_command(SQLITE3)
         .args(["-batch", "-bail", "-cmd"])
         .arg(format!(".load '{}'", binaries().extension.display()))
         .env("DUROVFS_CONFIG", client_config)

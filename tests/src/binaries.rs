@@ -38,6 +38,21 @@ pub fn binaries() -> &'static Binaries {
     })
 }
 
+/// A command that runs a program as host of the extension: under the program and arguments in
+/// `DUROVFS_HOST_WRAPPER`, when that is set (`scripts/sanitize`).
+pub fn host_command(host: &str) -> Command {
+    let wrapper = std::env::var("DUROVFS_HOST_WRAPPER").unwrap_or_default();
+    let mut words = wrapper.split_whitespace();
+    match words.next() {
+        Some(program) => {
+            let mut command = Command::new(program);
+            command.args(words).arg(host);
+            command
+        }
+        None => Command::new(host),
+    }
+}
+
 /// The root of the workspace.
 pub fn workspace() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))

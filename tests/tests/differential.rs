@@ -3,7 +3,7 @@
 //!
 //! `DUROVFS_SCRIPTS` scripts; `DUROVFS_SEED` begins with a given one.
 
-use durovfs_tests::binaries::{PYTHON, binaries, program};
+use durovfs_tests::binaries::{PYTHON, binaries, host_command, program};
 use durovfs_tests::cluster::{Cluster, ClusterOptions};
 use durovfs_tests::image::{assert_same, assert_same_content, beside, image_of, page_size};
 use durovfs_tests::replay::{copy_journals, replay_all};
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 /// Scripts without `DUROVFS_SCRIPTS`.
@@ -30,7 +30,7 @@ struct ScriptHost {
 
 impl ScriptHost {
     fn start(client_config: &Path) -> Self {
-        let mut child = Command::new(PYTHON)
+        let mut child = host_command(PYTHON)
             .arg(program("script_host.py"))
             .env("DUROVFS_CONFIG", client_config)
             .env("DUROVFS_LOG", "off")
@@ -53,6 +53,15 @@ impl ScriptHost {
     fn run(&mut self, directory: &Path, steps: &[Value]) -> Vec<Value> {
         std::fs::create_dir_all(directory).expect("make a directory");
         self.ask(&json!({ "directory": directory, "steps": steps }))
+    }
+}
+
+impl ScriptHost {
+    /// Lets the process end, as it does when it has read all.
+    fn end(mut self) {
+        drop(self.child.stdin.take());
+        let status = self.child.wait().expect("wait for the script host");
+        assert!(status.success(), "the script host ended with {status}");
     }
 }
 
@@ -221,7 +230,8 @@ fn a_script_gives_the_same_on_plain_sqlite_and_on_durovfs() {
         }
         next = end;
         let directory = sides.durovfs_directory.clone();
-        drop(sides);
+        sides.plain.end();
+        sides.durovfs.end();
         check_copies(cluster, &directory);
     }
 }
