@@ -120,6 +120,8 @@ pub struct ClientConfig {
     pub include: Vec<String>,
     /// Patterns of database paths that are not.
     pub exclude: Vec<String>,
+    /// Patterns of database paths whose local file counts when it is not what the log says.
+    pub keep_local: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -182,6 +184,8 @@ struct RawClient {
     include: Vec<String>,
     #[serde(default)]
     exclude: Vec<String>,
+    #[serde(default)]
+    keep_local: Vec<String>,
 }
 
 /// The file being read: names itself in errors, and resolves paths.
@@ -447,6 +451,7 @@ impl ClientConfig {
             archive: raw.archive,
             include: raw.include,
             exclude: raw.exclude,
+            keep_local: raw.keep_local,
         })
     }
 }

@@ -51,6 +51,8 @@ struct RawConfig {
     include: Vec<String>,
     #[serde(default)]
     exclude: Vec<String>,
+    #[serde(default)]
+    keep_local: Vec<String>,
 }
 
 /// What the patterns of the configuration say about a file.
@@ -84,6 +86,7 @@ pub struct ClientConfig {
     pub archive: Option<String>,
     include: GlobSet,
     exclude: GlobSet,
+    keep_local: GlobSet,
 }
 
 impl ClientConfig {
@@ -149,6 +152,8 @@ impl ClientConfig {
             archive: raw.archive,
             include: globs(&raw.include).map_err(|e| invalid(path, format!("include: {e}")))?,
             exclude: globs(&raw.exclude).map_err(|e| invalid(path, format!("exclude: {e}")))?,
+            keep_local: globs(&raw.keep_local)
+                .map_err(|e| invalid(path, format!("keep_local: {e}")))?,
         })
     }
 
@@ -166,6 +171,12 @@ impl ClientConfig {
         } else {
             Selection::Protected
         }
+    }
+
+    /// Whether a database file counts when it is not what its log says: when it was deleted, put
+    /// back from a copy, or written without durovfs.
+    pub fn keeps_local(&self, path: &Path) -> bool {
+        self.keep_local.is_match(path)
     }
 }
 
@@ -285,6 +296,7 @@ mod tests {
             (TEXT.replace("127.0.0.1", ""), "HOST:PORT"),
             (TEXT.replace("\"primary\"", "\"Pri Mary\""), "node name"),
             (format!("{TEXT}\nexclude = [\"[\"]"), "exclude"),
+            (format!("{TEXT}\nkeep_local = [\"[\"]"), "keep_local"),
             (TEXT.replace("ca =", "cert ="), "cert"),
         ] {
             write(&file, &text);
@@ -328,5 +340,22 @@ mod tests {
         };
         assert_eq!(pattern("/srv/x.tmp"), "exclude");
         assert_eq!(pattern("/home/app.db"), "include");
+    }
+
+    #[test]
+    fn local_files_count_only_where_a_pattern_says_so() {
+        // Broken if not: a lost disk empties a database that the log would have brought back.
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("client.toml");
+        write(&file, TEXT);
+        let scratch = Path::new("/srv/scratch/a.db");
+        assert!(!ClientConfig::read(&file).unwrap().keeps_local(scratch));
+        write(
+            &file,
+            &format!("{TEXT}\nkeep_local = [\"/srv/scratch/**\"]"),
+        );
+        let config = ClientConfig::read(&file).unwrap();
+        assert!(config.keeps_local(scratch));
+        assert!(!config.keeps_local(Path::new("/srv/app.db")));
     }
 }

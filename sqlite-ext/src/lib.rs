@@ -79,11 +79,12 @@ unsafe fn load(db: *mut sqlite3, table: *const ApiRoutines) -> Result<(), String
     let _loading = host::begin_loading();
     let client = host::client(&api)?;
     let sink: Arc<dyn Sink> = client.clone();
-    let config = client.clone();
+    let (included, kept) = (client.clone(), client.clone());
     let options = Options {
         vfs_name: VFS_NAME,
         make_default: true,
-        is_included: Box::new(move |path| config.config().protects(path)),
+        is_included: Box::new(move |path| included.config().protects(path)),
+        keeps_local: Box::new(move |path| kept.config().keeps_local(path)),
         open_timeout: OPEN_TIMEOUT,
         log: log::from_shim,
     };

@@ -90,6 +90,8 @@ pub struct Surroundings {
     pub log: LogFn,
     /// How long opening waits for the sidecar, for other openers and for what became of a commit.
     pub open_timeout: Duration,
+    /// Whether the local file counts when it is not what the log says (`open/keep_local.rs`).
+    pub keep_local: bool,
 }
 
 /// A commit that is acknowledged, and that the local file takes over next.

@@ -6,8 +6,8 @@
 
 use crate::connection::{FileReport, FileStatus};
 use libsqlite3_sys::{
-    sqlite3, sqlite3_callback, sqlite3_context, sqlite3_file, sqlite3_module, sqlite3_mutex,
-    sqlite3_stmt, sqlite3_value, sqlite3_vfs,
+    sqlite3, sqlite3_callback, sqlite3_context, sqlite3_module, sqlite3_mutex, sqlite3_stmt,
+    sqlite3_value, sqlite3_vfs,
 };
 use std::ffi::{CStr, CString, c_char, c_int, c_uchar, c_void};
 
@@ -123,8 +123,6 @@ slots! {
         db: *mut sqlite3, name: *const c_char, module: *const sqlite3_module, data: *mut c_void,
         destroy: Option<Destructor>
     ) -> c_int;
-    /// `sqlite3_database_file_object`.
-    database_file_object = 251 (name: *const c_char) -> *mut sqlite3_file;
     /// `sqlite3_db_filename`.
     db_filename = 180 (db: *mut sqlite3, schema: *const c_char) -> *const c_char;
     /// `sqlite3_db_readonly`.
@@ -148,6 +146,8 @@ slots! {
     file_control = 127 (
         db: *mut sqlite3, schema: *const c_char, operation: c_int, argument: *mut c_void
     ) -> c_int;
+    /// `sqlite3_filename_wal`.
+    filename_wal = 248 (name: *const c_char) -> *const c_char;
     /// `sqlite3_free`.
     free = 58 (memory: *mut c_void);
     /// `sqlite3_get_autocommit`.

@@ -26,6 +26,7 @@
 //! | 72 | 6 × 4 | wal: salt 1, salt 2, checkpoint sequence, frame, checksum 1, 2 |
 //! | 96 | 16 + 8 + 8 + 8 | in flight: client, sequence, base lsn, checksum |
 //! | 136 | 16 + 8 + 28 + 24 | unconfirmed: client, sequence; what is confirmed: last, wal |
+//! | 212 | 8 | begins after: lsn |
 //!
 //! The confirmation is written by the holder of the checkpoint lock, who may not write a slot: all
 //! deferred commits up to this one are on a quorum's disks.
@@ -67,6 +68,7 @@ const FLAG_APPLYING: u32 = 8;
 const FLAG_UNCONFIRMED: u32 = 16;
 const FLAG_CONFIRMED_WAL: u32 = 32;
 const UNCONFIRMED_OFFSET: usize = 136;
+const BEGINS_AFTER_OFFSET: usize = 212;
 const KNOWN_BYTES: usize = 28;
 const ORIGIN_BYTES: usize = 24;
 
@@ -142,6 +144,9 @@ pub struct MarkState {
     pub applying: bool,
     /// Deferred commits after the confirmed ones.
     pub unconfirmed: Option<Unconfirmed>,
+    /// While `last` is none: what the file will hold has nothing of the log up to here, and its
+    /// first transaction, a whole image, comes after it. Zero for a new log.
+    pub begins_after: Lsn,
 }
 
 impl MarkState {
@@ -154,12 +159,14 @@ impl MarkState {
             in_flight: None,
             applying: false,
             unconfirmed: None,
+            begins_after: Lsn::ZERO,
         }
     }
 
-    /// Position of the last transaction; zero before the first.
+    /// Position of the last transaction, or of the one that the first will follow.
     pub fn last_lsn(&self) -> Lsn {
-        self.last.map_or(Lsn::ZERO, |last| last.position.lsn)
+        self.last
+            .map_or(self.begins_after, |last| last.position.lsn)
     }
 
     /// Checksum of what the file holds.
@@ -535,6 +542,8 @@ fn encode(sequence: u64, state: &MarkState) -> [u8; SLOT_BYTES] {
             encode_wal(&mut out, wal);
         }
     }
+    out.resize(BEGINS_AFTER_OFFSET, 0);
+    out.extend_from_slice(&state.begins_after.get().to_le_bytes());
     out.resize(SLOT_BYTES, 0);
     let mut slot = [0u8; SLOT_BYTES];
     slot.copy_from_slice(&out);
@@ -649,6 +658,7 @@ fn decode(slot: &[u8]) -> Option<(u64, MarkState)> {
         in_flight,
         applying: is_set(FLAG_APPLYING),
         unconfirmed,
+        begins_after: Lsn::new(long(slot, BEGINS_AFTER_OFFSET)),
     };
     Some((long(slot, 16), state))
 }
@@ -701,6 +711,7 @@ mod tests {
                     }),
                 },
             }),
+            begins_after: Lsn::new(24),
         }
     }
 

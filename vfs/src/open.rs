@@ -10,14 +10,17 @@
 //! | behind | exists | roll forward |
 //! | ahead or different | exists | refuse, until `durovfs resolve` decides (`open/resolution.rs`) |
 //!
+//! Where the client config says `keep_local`, the local file wins instead (`open/keep_local.rs`).
+//!
 //! The first opener does this under SQLite's exclusive lock; who finds the database in use joins.
 
 mod joining;
+mod keep_local;
 mod resolution;
 
 use crate::connection::{Connection, LogLevel, Surroundings};
 use crate::deferred;
-use crate::error::Refusal;
+use crate::error::{Refusal, RefusalKind};
 use crate::file::{BaseFile, DatabaseFile};
 use crate::mark::{
     InFlight, KnownTransaction, Mark, MarkState, Tip, Unconfirmed, WalPosition, mark_path,
@@ -59,7 +62,7 @@ where
     loop {
         let existing = match resolution::pending(path)? {
             Some(_) => None,
-            None => Mark::open(path)?,
+            None => keep_local::open_mark(&surroundings, path, name)?,
         };
         let known = existing.as_ref().map(|(_, state)| state.database);
         // Once: whoever takes it back while this one is opening is not fought.
@@ -179,7 +182,7 @@ impl Opener<'_> {
         if let Some(resolution) = resolution::pending(self.path)? {
             return self.carry_out(&resolution);
         }
-        let mut existing = Mark::open(self.path)?;
+        let mut existing = keep_local::open_mark(self.surroundings, self.path, self.name)?;
         if let Some((mark, state)) = &mut existing
             && let Some(in_flight) = state.in_flight
             && self.settle(mark, state, in_flight)?
@@ -207,7 +210,15 @@ impl Opener<'_> {
         {
             return self.bring_level(existing, state, wal);
         }
-        let content = Content::new(self.file, wal)?;
+        let content = match Content::new(self.file, wal) {
+            Err(refusal) if refusal.kind == RefusalKind::CannotOpen => {
+                return self.no_database(existing, &refusal.message);
+            }
+            content => content?,
+        };
+        if self.surroundings.keep_local && self.log.last_transaction.is_some() {
+            return self.keep_local(content.as_ref(), existing, wal);
+        }
         match (content, existing, self.log.last_transaction) {
             (None, None, None) => self.create(),
             (None, Some((mark, state)), None) if state.last.is_none() => self.ready(mark),
@@ -337,6 +348,12 @@ impl Opener<'_> {
         match OpenOptions::new().read(true).write(true).open(&path) {
             Ok(file) => Ok(Some(file)),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            // Enough to find out what it holds. SQLite only reads such a database.
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+                let file = File::open(&path);
+                file.map(Some)
+                    .map_err(|error| Refusal::io("open WAL", &path, &error))
+            }
             Err(error) => Err(Refusal::io("open WAL", &path, &error)),
         }
     }
@@ -346,7 +363,7 @@ impl Opener<'_> {
     }
 
     fn create(&self) -> Result<Next, Refusal> {
-        let state = MarkState::new(self.log.database);
+        let state = self.begins_next();
         self.ready(Mark::create(self.path, self.name, &state)?)
     }
 
@@ -639,7 +656,7 @@ impl Opener<'_> {
             content.header.page_count
         );
         (self.surroundings.log)(LogLevel::Info, &line);
-        let state = MarkState::new(self.log.database);
+        let state = self.begins_next();
         let mut mark = match existing {
             Some((_, state)) if state.in_flight.is_some() => {
                 return Err(self.refuse("an earlier adoption is not decided yet: try again"));

@@ -20,6 +20,7 @@ macro_rules! call {
 
 mod base_file;
 mod file_methods;
+mod open_databases;
 mod vacuum_into;
 mod vfs_methods;
 
@@ -33,6 +34,7 @@ use crate::sink::Sink;
 use base_file::RawFile;
 use libsqlite3_sys as sqlite;
 use libsqlite3_sys::{sqlite3_file, sqlite3_vfs};
+use open_databases::{OpenDatabases, Owner};
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_int};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -54,6 +56,8 @@ pub struct Options {
     pub make_default: bool,
     /// Whether the database file at this path is protected.
     pub is_included: Box<dyn Fn(&Path) -> bool + Send + Sync>,
+    /// Whether the database file at this path counts when it is not what its log says.
+    pub keeps_local: Box<dyn Fn(&Path) -> bool + Send + Sync>,
     /// How long opening a database waits for the sidecar and for other openers.
     pub open_timeout: Duration,
     /// Where lines of the log go.
@@ -86,6 +90,7 @@ struct Host {
     sink: Arc<dyn Sink>,
     /// Our method tables, by the host's table that they stand before.
     methods: Mutex<HashMap<usize, usize>>,
+    databases: OpenDatabases,
 }
 
 /// Hosts that have our VFS, by [`Api::host_key`]; only to register again after a
@@ -145,6 +150,7 @@ pub unsafe fn register(
         options,
         sink,
         methods,
+        databases: OpenDatabases::default(),
     }));
     // SAFETY: just made, not shared yet; from here on it is never freed or moved.
     let code = unsafe {
@@ -239,10 +245,15 @@ fn kind_of(
         return Ok(Kind::Plain);
     }
     if flags & sqlite::SQLITE_OPEN_WAL != 0 {
-        return Ok(wal_kind(host, name, real));
+        return wal_kind(host, name, real);
     }
     if flags & sqlite::SQLITE_OPEN_MAIN_JOURNAL != 0 {
-        return Ok(database_of(host, name).map_or(Kind::Plain, |_| Kind::Journal));
+        // SAFETY: SQLite's names are C strings.
+        let path = PathBuf::from(unsafe { text(name) }.unwrap_or_default());
+        return Ok(match host.databases.has_journal(&path) {
+            true => Kind::Journal,
+            false => Kind::Plain,
+        });
     }
     if flags & sqlite::SQLITE_OPEN_MAIN_DB == 0 {
         return Ok(Kind::Plain);
@@ -283,8 +294,13 @@ fn kind_of(
             return Err(sqlite::SQLITE_CANTOPEN);
         }
     };
-    let name = given.unwrap_or_else(|| path.to_string_lossy().into_owned());
-    protect(host, real, path, &name, (durability, takeover))
+    let database = given.unwrap_or_else(|| path.to_string_lossy().into_owned());
+    let how = (durability, takeover);
+    let connection = protect(host, real, path.clone(), &database, how)?;
+    // SAFETY: as with the parameters.
+    let wal_name = unsafe { host.api.filename_wal(name) } as usize;
+    host.databases.add(wal_name, &path, &connection);
+    Ok(Kind::Database(connection))
 }
 
 /// Opens a protected database.
@@ -294,11 +310,12 @@ fn protect(
     path: PathBuf,
     name: &str,
     (durability, takeover): (Durability, bool),
-) -> Result<Kind, c_int> {
+) -> Result<Arc<Mutex<Connection>>, c_int> {
     let surroundings = Surroundings {
         sink: Arc::clone(&host.sink),
         log: host.options.log,
         open_timeout: host.options.open_timeout,
+        keep_local: (host.options.keeps_local)(&path),
     };
     // SAFETY: the host's VFS has a name.
     let vfs_name = unsafe { (*host.base).zName };
@@ -313,7 +330,7 @@ fn protect(
             connection.warnings.extend(known_bugs(host));
             connection.distrusts_checkpoints = has_known_bugs(host);
             connection.set_durability(durability);
-            Ok(Kind::Database(Arc::new(Mutex::new(connection))))
+            Ok(Arc::new(Mutex::new(connection)))
         }
         Err(refusal) => {
             host.tell(LogLevel::Error, &refusal.message);
@@ -361,34 +378,26 @@ pub fn last_open_refusal() -> String {
     locked(&LAST_OPEN_REFUSAL).clone()
 }
 
-/// The protected database that a WAL or a rollback journal with this name belongs to.
-fn database_of(host: &'static Host, name: *const c_char) -> Option<Arc<Mutex<Connection>>> {
-    // SAFETY: SQLite opens a WAL or a journal with a name that it made together with its
-    // database's.
-    let database = unsafe { host.api.database_file_object(name) };
-    if database.is_null() {
-        return None;
-    }
-    // SAFETY: an open file of this host.
-    let table = unsafe { (*database).pMethods } as usize;
-    if !locked(&host.methods).values().any(|ours| *ours == table) {
-        return None;
-    }
-    // SAFETY: its method table is one of ours, so it is a file of ours, open as long as its WAL and
-    // its journal are.
-    let inner = unsafe { &*(*database.cast::<ShimFile>()).inner };
-    match &inner.kind {
-        Kind::Database(connection) => Some(Arc::clone(connection)),
-        _ => None,
-    }
-}
-
-fn wal_kind(host: &'static Host, name: *const c_char, real: *mut sqlite3_file) -> Kind {
-    let Some(connection) = database_of(host, name) else {
-        return Kind::Plain;
-    };
+fn wal_kind(
+    host: &'static Host,
+    name: *const c_char,
+    real: *mut sqlite3_file,
+) -> Result<Kind, c_int> {
     // SAFETY: SQLite's names are C strings.
     let path = PathBuf::from(unsafe { text(name) }.unwrap_or_default());
+    let connection = match host.databases.owner_of(name as usize, &path) {
+        Owner::Connection(connection) => connection,
+        Owner::None => return Ok(Kind::Plain),
+        Owner::Unclear => {
+            let line = format!(
+                "{}: another VFS stands above durovfs, and hides which of several connections this \
+                 WAL belongs to; open the database in one connection, or with vfs=durovfs",
+                path.display()
+            );
+            host.tell(LogLevel::Error, &line);
+            return Err(sqlite::SQLITE_CANTOPEN);
+        }
+    };
     let vfs_name = std::ptr::null();
     let wal = RawFile {
         file: real,
@@ -397,7 +406,7 @@ fn wal_kind(host: &'static Host, name: *const c_char, real: *mut sqlite3_file) -
         vfs_name,
     };
     locked(&connection).attach_wal(Box::new(wal));
-    Kind::Wal(connection)
+    Ok(Kind::Wal(connection))
 }
 
 impl Host {

@@ -14,6 +14,9 @@ use std::collections::{BTreeMap, BTreeSet};
 /// SQLite takes its locks on the byte at this offset, and never uses the page that holds it.
 const LOCK_BYTE: u64 = 0x4000_0000;
 
+/// What every database file begins with.
+const MAGIC: &[u8; 16] = b"SQLite format 3\0";
+
 /// Whether this is the page that SQLite never uses.
 pub fn is_lock_page(page_no: PageNo, page_size: PageSize) -> bool {
     u64::from(page_no.get()) == LOCK_BYTE / page_size.get() as u64 + 1
@@ -32,7 +35,7 @@ impl DatabaseHeader {
     /// Reads it; none when the file is empty.
     ///
     /// # Errors
-    /// When it cannot be read, or is no SQLite database.
+    /// When it cannot be read; of the kind `CannotOpen` when it is no SQLite database.
     pub fn read(file: &dyn BaseFile) -> Result<Option<Self>, Refusal> {
         let size = file.size()?;
         if size == 0 {
@@ -48,15 +51,20 @@ impl DatabaseHeader {
             u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
         };
         let page_size = PageSize::from_database_header(u16::from_be_bytes([bytes[16], bytes[17]]));
-        let Ok(page_size) = page_size else {
+        let (Ok(page_size), true) = (page_size, bytes[..16] == *MAGIC) else {
             return Err(Refusal::cannot_open(
-                "the file is not a SQLite database (page size)",
+                "the local file is not a SQLite database",
             ));
         };
-        let in_file = u32::try_from(size / page_size.get() as u64).unwrap_or(u32::MAX);
-        // The header's own count is valid when the change counter says so (fileformat2, 1.3.8).
+        // As SQLite does: a page that the file has a part of counts.
+        let in_file = u32::try_from(size.div_ceil(page_size.get() as u64)).unwrap_or(u32::MAX);
+        // The header's own count is valid when the change counter says so (fileformat2, 1.3.8); one
+        // that is larger than the file is damage, and not to be believed.
         let counted = word(24) == word(92) && word(28) != 0;
-        let page_count = if counted { word(28) } else { in_file };
+        let page_count = match counted {
+            true => word(28).min(in_file),
+            false => in_file,
+        };
         Ok(Self {
             page_size,
             page_count,
@@ -198,7 +206,7 @@ impl<'a> Content<'a> {
     /// Lays them over each other; none when there is no content at all.
     ///
     /// # Errors
-    /// When they cannot be read, or do not belong to each other.
+    /// When they cannot be read; of the kind `CannotOpen` when they are no database together.
     pub fn new(
         database: &'a dyn BaseFile,
         wal: Option<(&'a dyn BaseFile, &'a WalSurvey)>,

@@ -130,6 +130,30 @@ fn an_older_file_rolls_forward_and_a_different_one_is_refused() {
     assert_eq!(std::fs::read(&path).unwrap(), before);
 }
 
+/// Broken, an application that looks whether a file is a database gets another error than from
+/// plain SQLite; or a database whose file was overwritten is begun anew, and its log with it.
+#[test]
+fn a_file_that_is_no_database_is_refused_by_sqlite_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.txt");
+    for text in [&b"no database"[..], &[7; 5000]] {
+        std::fs::write(&path, text).unwrap();
+        let db = open(&path);
+        for sql in ["SELECT * FROM sqlite_schema", "CREATE TABLE t(a)"] {
+            let error = try_exec(&db, sql).unwrap_err();
+            assert_eq!(code(&error), sqlite::SQLITE_NOTADB, "{sql}");
+        }
+        drop(db);
+        assert_eq!(std::fs::read(&path).unwrap(), text);
+        assert_eq!(sink().last_lsn(path.to_str().unwrap()), 0);
+    }
+    let path = dir.path().join("a.db");
+    filled(&path);
+    std::fs::write(&path, [7; 5000]).unwrap();
+    let error = try_open(&path).unwrap_err();
+    assert_eq!(code(&error) & 0xff, sqlite::SQLITE_CANTOPEN);
+}
+
 /// Broken, a write by a process without durovfs, while the database is open, ends up under commits
 /// that the log believes to stand on something else.
 #[test]

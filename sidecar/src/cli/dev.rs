@@ -341,6 +341,7 @@ fn client_of(directory: &Path, node: &DevNode) -> Result<ClientConfig, Failure> 
         archive: None,
         include: Vec::new(),
         exclude: Vec::new(),
+        keep_local: Vec::new(),
     })
 }
 

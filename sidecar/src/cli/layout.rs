@@ -104,7 +104,9 @@ pub fn write_client(directory: &Path, client: &ClientEntry<'_>) -> anyhow::Resul
          sidecar = {}\nnode = {}\nca = \"ca.pem\"\n\
          certificate = \"client.pem\"\nkey = \"client-key.pem\"\n{archive}\
          # Patterns of database paths; with no include, all files are protected.\n\
-         include = []\nexclude = []\n",
+         include = []\nexclude = []\n\
+         # Those whose local file counts when the log says otherwise; docs/guarantees.md.\n\
+         keep_local = []\n",
         quoted(client.address),
         quoted(client.node.as_str()),
     );

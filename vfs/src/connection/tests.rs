@@ -159,6 +159,7 @@ fn world() -> World {
         sink: Arc::clone(&sink) as Arc<dyn Sink>,
         log: |_, _| {},
         open_timeout: Duration::from_secs(1),
+        keep_local: false,
     };
     let database = Box::new(tempfile::tempfile().unwrap());
     let log = (DatabaseId::from_bytes([2; 16]), Epoch::new(1));

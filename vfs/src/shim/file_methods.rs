@@ -92,8 +92,10 @@ pub(super) unsafe extern "C" fn x_close(file: *mut sqlite3_file) -> c_int {
         let inner = unsafe { Box::from_raw((*shim).inner) };
         // SAFETY: ours.
         unsafe { (*shim).inner = std::ptr::null_mut() };
-        if let Kind::Wal(connection) = &inner.kind {
-            locked(connection).detach_wal();
+        match &inner.kind {
+            Kind::Wal(connection) => locked(connection).detach_wal(),
+            Kind::Database(connection) => inner.host.databases.remove(connection),
+            Kind::Plain | Kind::Journal | Kind::Unprotected(_) => {}
         }
         // SAFETY: ours; after this SQLite does not touch it.
         unsafe { (*file).pMethods = std::ptr::null() };

@@ -25,7 +25,7 @@ pub fn table() -> *const durovfs_vfs::ApiRoutines {
         (149, sqlite::sqlite3_context_db_handle as *const ()),
         (162, sqlite::sqlite3_create_function_v2 as *const ()),
         (119, sqlite::sqlite3_create_module_v2 as *const ()),
-        (251, sqlite::sqlite3_database_file_object as *const ()),
+        (248, sqlite::sqlite3_filename_wal as *const ()),
         (180, sqlite::sqlite3_db_filename as *const ()),
         (181, sqlite::sqlite3_db_readonly as *const ()),
         (50, sqlite::sqlite3_declare_vtab as *const ()),
@@ -98,6 +98,7 @@ pub fn register(sink: &Arc<ModelSink>) -> Result<(), durovfs_vfs::RegisterError>
         vfs_name: c"durovfs",
         make_default: false,
         is_included: Box::new(|path| !path.to_string_lossy().contains("excluded")),
+        keeps_local: Box::new(|path| path.to_string_lossy().contains("keep-local")),
         open_timeout: Duration::from_secs(5),
         log,
     };

@@ -41,6 +41,7 @@ fn shim(which: Which) -> Arc<ModelSink> {
         vfs_name: c"durovfs",
         make_default: false,
         is_included: Box::new(|_| true),
+        keeps_local: Box::new(|_| false),
         open_timeout: Duration::from_secs(5),
         log: |level, line| {
             if std::env::var_os("DUROVFS_TEST_LOG").is_some() {
