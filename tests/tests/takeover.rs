@@ -186,10 +186,9 @@ fn a_dead_primary_needs_no_operator() {
 fn a_commit_in_flight_at_the_takeover_is_what_the_log_says() {
     // Broken: the old host's file would keep, or lack, a commit against the log.
     let mut hosts = Hosts::start(&ClusterOptions::default());
+    // With a replica that holds the commit it may be adopted; without, it cannot be.
     for (round, (deferred, holder_is_asked)) in
-        [(false, true), (false, false), (true, true), (true, false)]
-            .into_iter()
-            .enumerate()
+        [(false, true), (true, false)].into_iter().enumerate()
     {
         let mut on_a = open_by_force(&hosts, A);
         on_a.run("PRAGMA journal_mode=WAL");
