@@ -263,6 +263,74 @@ fn commit_that_one_replica_has(
 }
 
 #[test]
+fn a_paused_primary_cannot_write_over_its_successor() {
+    // Broken: what the old sidecar does when it wakes, before it hears of the new one, would cut
+    // commits out of the log that returned OK.
+    let hosts = Hosts::start(&ClusterOptions::default());
+    create_tables_on(&hosts.client_config(A), &hosts.uri(A, NAME), 2);
+    let mut told = Outcomes::default();
+    for _ in 0..3 {
+        let mut on_a = open_by_force(&hosts, A);
+        on_a.run("PRAGMA durovfs_durability=deferred");
+        on_a.run("PRAGMA durovfs_timeout=20000");
+        hosts.freeze(A);
+        // They wait in the paused sidecar's ear.
+        for _ in 0..50 {
+            on_a.run("UPDATE tally SET n = n + 1 WHERE writer = 1");
+        }
+        let taken = hosts.durovfs(B, &["takeover", NAME]);
+        assert!(taken.status.success(), "{}", text(&taken.stderr));
+        // Before its own signs of life are overdue, so that it takes its replicas for answering.
+        hosts.thaw(A);
+        let first = told.next_row();
+        let numbers = [2, first, ENDLESS, TIMEOUT_MS, 0];
+        let mut on_b = Writer::start_on(&hosts.client_config(B), &hosts.uri(B, NAME), numbers);
+        on_b.wait_committed(20, LIMIT);
+        let lost = on_a.execute("SELECT durovfs_wait()").result.unwrap_err();
+        assert_ne!(lost.code, 0, "{lost:?}");
+        let before = on_b.so_far().committed();
+        on_b.wait_committed(before + 20, LIMIT);
+        told.extend(on_b.kill());
+    }
+    check(&hosts, B, &[(2, &told)]);
+}
+
+#[test]
+fn what_became_of_a_commit_is_found_out_in_the_archive() {
+    // Broken: an application would be told that its commit is certainly not committed, because
+    // another host was the primary in between and the entry is in no journal any more.
+    let mut hosts = Hosts::start(&ClusterOptions::default());
+    let mut on_a = begin(&hosts);
+    on_a.run("PRAGMA durovfs_timeout=60000");
+    let slow = ["replica-1", "replica-2", "replica-3"];
+    slow.iter().for_each(|node| hosts.freeze(node));
+    let committing = std::thread::spawn(move || {
+        let told = on_a.execute("INSERT INTO t VALUES (2, 'a')").result;
+        (on_a, told.map(drop))
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    hosts.kill(A);
+    // What was on its way to them arrives: a quorum has it, and nobody heard.
+    slow.iter().for_each(|node| hosts.thaw(node));
+    let mut on_b = open(&hosts, B);
+    assert_eq!(rows(&mut on_b), [1, 2]);
+    on_b.run("INSERT INTO t VALUES (3, 'b')");
+    hosts.wait_archived(B, NAME, LIMIT);
+    on_b.run("INSERT INTO t VALUES (4, 'b')");
+    hosts.wait_archived(B, NAME, LIMIT);
+    on_b.close();
+    hosts.kill(B);
+    hosts.start_node(A);
+    let (on_a, told) = committing.join().unwrap();
+    assert_eq!(told, Ok(()), "it is in the archive");
+    drop(on_a);
+    let mut on_a = open(&hosts, A);
+    assert_eq!(rows(&mut on_a), [1, 2, 3, 4]);
+    on_a.close();
+    assert_all_level(&hosts, A);
+}
+
+#[test]
 fn takeovers_to_and_fro_with_kills_keep_one_history() {
     // Broken: a commit would be lost, or come to life, in one of many changes under load.
     let mut seeded = Seeded::from_environment("takeover");

@@ -1,5 +1,6 @@
-//! How long a takeover takes: from the first call on the new host to its first commit, on a cluster
-//! of real processes on this machine. Prints a table; `scripts/bench-takeover` builds what it needs.
+//! How long a takeover takes: from the first call on the new host to its first commit, on a
+//! cluster of real processes on this machine. Prints a table; `scripts/bench-takeover` builds what
+//! it needs.
 //!
 //! usage: takeover-bench [ROUNDS [DATABASE_KILOBYTES]]
 
@@ -33,6 +34,7 @@ fn main() {
         "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < {kilobytes}) \
          INSERT INTO t SELECT n, randomblob(1000) FROM c"
     ));
+    app.close();
     let cold = time_takeover(&hosts, 1);
     let mut rows = vec![
         Row {
@@ -46,7 +48,6 @@ fn main() {
                 .collect(),
         },
     ];
-    drop(app);
     let dead: Vec<Duration> = (0..rounds.div_ceil(4))
         .map(|at| {
             let (old, new) = (HOSTS[1 - at % 2], at % 2);
@@ -58,7 +59,7 @@ fn main() {
             app.close();
             hosts.start_node(old);
             // The next round kills a primary that everybody takes for alive.
-            drop(time_takeover(&hosts, new));
+            let _ = time_takeover(&hosts, new);
             time
         })
         .collect();
