@@ -26,11 +26,10 @@ fn replicas_complete_the_archive_when_the_primary_is_gone() {
     // Broken: what was committed since the last upload waits for a successor that never comes, and
     // is lost with the replicas.
     let mut cluster = Cluster::start(ClusterOptions::journals_keep_all());
-    for node in cluster.replicas() {
-        cluster.kill(&node);
-        cluster.set(&node, "orphan_after", "1s");
-        cluster.start_node(&node);
-    }
+    // The one that will have to do it; the others would wait for a minute.
+    cluster.kill("replica-2");
+    cluster.set("replica-2", "orphan_after", "1s");
+    cluster.start_node("replica-2");
     let database = cluster.scratch().join("app.db");
     let restored = cluster.scratch().join("restored.db");
     create_tables(&cluster, &database, 1);
