@@ -416,6 +416,16 @@ impl Journal {
         }
     }
 
+    /// Bytes of records in all segments, in percent of the limit; at most 100. Cheap: it does not
+    /// look at every database.
+    pub fn percent_taken(&self) -> u8 {
+        let tables = lock(&self.shared.tables);
+        let sealed = tables.segments.values().rev().skip(1);
+        let bytes = sealed.map(|s| s.header.segment_bytes).sum::<u64>() + tables.active_bytes;
+        let percent = bytes.saturating_mul(100) / self.shared.limit_bytes.max(1);
+        u8::try_from(percent.min(100)).unwrap_or(100)
+    }
+
     /// Damage that was found when the journal was opened, and not before.
     pub fn damages(&self) -> &[JournalError] {
         &self.shared.damages

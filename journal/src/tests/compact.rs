@@ -62,6 +62,8 @@ fn a_database_that_keeps_its_entries_does_not_keep_the_segments_of_others() {
         usage.segment_count as u64 <= SEGMENTS_MAX / 2 + 2,
         "{usage:?}"
     );
+    let percent = usage.bytes * 100 / usage.limit_bytes;
+    assert_eq!(u64::from(journal.percent_taken()), percent);
     assert_eq!(read(&journal, 1, 1, 4), kept);
     drop(journal);
     for _ in 0..2 {

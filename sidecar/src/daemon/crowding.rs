@@ -3,7 +3,6 @@
 
 use super::node::Node;
 use super::primary::{CommitWaiter, PrimaryDatabase, answer_commit};
-use durovfs_journal::Usage;
 use durovfs_wire::DatabaseId;
 use durovfs_wire::client::CommitOutcome;
 use std::collections::VecDeque;
@@ -16,12 +15,6 @@ const REFUSE_FROM_PERCENT: u8 = 95;
 /// How long the answer to a commit is held back just before commits are refused; rises from zero.
 /// Far below the time that a client gives a commit.
 const DELAY_MAX: Duration = Duration::from_millis(500);
-
-/// How much of what a journal may take is taken.
-pub fn percent_taken(usage: &Usage) -> u8 {
-    let percent = usage.bytes.saturating_mul(100) / usage.limit_bytes.max(1);
-    u8::try_from(percent.min(100)).unwrap_or(100)
-}
 
 /// How full the journals are that a database needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -164,17 +157,5 @@ mod tests {
                 .is_some_and(|reason| reason.contains("primary's journal"))
         );
         assert_eq!(refused.delay(), DELAY_MAX);
-        let usage = |bytes| Usage {
-            bytes,
-            disk_bytes: 0,
-            limit_bytes: 1000,
-            segment_count: 1,
-            entry_count: 0,
-            oldest_needed: None,
-        };
-        assert_eq!(
-            [0, 799, 5000].map(|bytes| percent_taken(&usage(bytes))),
-            [0, 79, 100]
-        );
     }
 }

@@ -1,7 +1,7 @@
 //! The actor: owns all state, takes events, and drives the state machines. One thread, no locks.
 
 use super::bulk::JournalEvents;
-use super::crowding::{HeldAnswers, percent_taken};
+use super::crowding::HeldAnswers;
 use super::event::{Event, EventSender, JournalEvent, SessionId};
 use super::opening::Finding;
 use super::peers::Peer;
@@ -322,8 +322,7 @@ impl Node {
     /// Time has passed.
     pub fn handle_tick(&mut self) {
         let now = Instant::now();
-        // Once a tick, not once a commit: it looks at every database.
-        self.own_percent = percent_taken(&self.primary_journal.usage());
+        self.own_percent = self.primary_journal.percent_taken();
         let held = if self.is_stopping() { None } else { Some(now) };
         self.held_answers.release(held);
         self.tick_damage();

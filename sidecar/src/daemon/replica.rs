@@ -2,7 +2,6 @@
 //! wire. What of it is on disk when is in there.
 
 use super::bulk;
-use super::crowding::percent_taken;
 use super::event::{JournalEvent, Permit};
 use super::node::Node;
 use super::orphans::OrphanState;
@@ -80,7 +79,7 @@ impl Node {
                 outbox.answer(&ReplicaMessage::Pong {
                     sequence,
                     trouble: self.replica_trouble(),
-                    journal_percent: percent_taken(&self.replica_journal.usage()),
+                    journal_percent: self.replica_journal.percent_taken(),
                 });
             }
             PrimaryMessage::Find { request, name } => {

@@ -32,6 +32,10 @@ const SNAPSHOT_INTERVAL: Duration = Duration::from_secs(60);
 /// and files that roll forward are served from it without the archive.
 const KEEP_ARCHIVED_SHARE: u64 = 2;
 
+/// An archived entry up to this size is kept although the journal needs the room: with it a replica
+/// that lacks all of them is level, also when nothing is committed any more.
+const KEPT_ENTRY_BYTES_MAX: u64 = 256 << 10;
+
 /// How a database's archive stands.
 #[derive(Debug, Default)]
 pub struct UploadState {
@@ -177,12 +181,15 @@ impl Node {
         let usage = self.primary_journal.usage();
         let journal = self.primary_journal.clone();
         let crowded = usage.bytes > usage.limit_bytes / KEEP_ARCHIVED_SHARE;
-        // The newest of them stays: with it a replica that lacks all of them is level, also when
-        // nothing is committed any more.
-        let drop_through = archive_lsn.previous().unwrap_or_default();
+        let newest_bytes = journal.entry_bytes(database, archive_lsn, archive_lsn);
+        let drop_through = if newest_bytes <= KEPT_ENTRY_BYTES_MAX {
+            archive_lsn.previous().unwrap_or_default()
+        } else {
+            archive_lsn
+        };
         if crowded {
             // Told first: no feed begins at an entry that is about to go.
-            db.machine.handle_retained(archive_lsn);
+            db.machine.handle_retained(drop_through.next());
         }
         self.primary_journal.append(
             vec![Record::Progress {
