@@ -131,6 +131,16 @@ fn what_else_is_made_is_protected() {
     exec(&db, "CREATE TABLE o.t(a)");
     assert_eq!(transactions(&dir.path().join("o.db")), 1);
     exec(&db, "DETACH o");
+    // One that is prepared, and does not run.
+    let prepared = db.prepare("VACUUM INTO 'never'").unwrap();
+    exec(
+        &db,
+        &format!("ATTACH '{}' AS p", dir.path().join("p.db").display()),
+    );
+    exec(&db, "CREATE TABLE p.t(a)");
+    assert_eq!(transactions(&dir.path().join("p.db")), 1);
+    exec(&db, "DETACH p");
+    drop(prepared);
     // On other threads, while this one copies.
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {

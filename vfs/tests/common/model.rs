@@ -273,11 +273,15 @@ impl ModelSink {
                 "size of the file"
             );
             let free = free_pages(bytes, size);
-            for (page, image) in log.image.iter().filter(|(page, _)| !free.contains(page)) {
-                let start = (*page as usize - 1) * size;
+            let lock_page = (0x4000_0000 / size + 1) as u32;
+            let counts = |page: &u32| !free.contains(page) && *page != lock_page;
+            for page in (1..=last.commit.page_count).filter(counts) {
+                let image = log.image.get(&page);
+                let image = image.unwrap_or_else(|| panic!("page {page} is not in the log"));
+                let start = (page as usize - 1) * size;
                 let mut local = bytes[start..start + size].to_vec();
                 let mut logged = image.clone();
-                if *page == 1 {
+                if page == 1 {
                     for range in VOLATILE_HEADER_RANGES {
                         local[range.clone()].fill(0);
                         logged[range].fill(0);
