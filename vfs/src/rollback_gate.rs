@@ -10,7 +10,7 @@ use crate::connection::{Acknowledged, Connection};
 use crate::error::Refusal;
 use crate::mark::{KnownTransaction, MarkState};
 use crate::page_table::PageChanges;
-use crate::survey::{Content, DatabaseHeader, is_lock_page};
+use crate::survey::{Content, DatabaseHeader, committed_after, is_lock_page};
 use durovfs_wire::entry::PayloadBuilder;
 use durovfs_wire::{CommitHeader, DatabaseChecksum, PageChecksum, PageNo, Timestamp};
 
@@ -312,11 +312,20 @@ impl Connection {
             self.stamp_if_touched();
             return;
         }
-        self.began_stamped = self.mark.stamp_matches().unwrap_or(false);
+        self.began_stamped =
+            self.mark.stamp_matches().unwrap_or(false) && !self.wal_has_unknown_commits();
         if let Err(refusal) = self.confirm_for_checkpoint() {
             // SQLite does not look at what the start of a checkpoint returns.
             self.checkpoint_refusal = Some(self.noted(refusal));
         }
+    }
+
+    /// Whether a checkpoint moves what somebody wrote without durovfs.
+    fn wal_has_unknown_commits(&self) -> bool {
+        let (Some(wal), Some(state)) = (&self.wal, self.mark.newest()) else {
+            return false;
+        };
+        !matches!(committed_after(wal.as_ref(), state.wal), Ok(None))
     }
 
     /// The database file was truncated.

@@ -185,6 +185,32 @@ fn a_foreign_write_is_refused_at_the_next_write() {
     }
 }
 
+/// Broken, what somebody wrote without durovfs is moved into the database file by a checkpoint of
+/// ours, and is taken for ours from then on.
+#[test]
+fn a_checkpoint_of_ours_makes_no_foreign_write_ours() {
+    for checkpoint in ["SELECT 1", "TRUNCATE", "RESTART", "PASSIVE"] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let db = open_wal(&path);
+        exec(&db, "CREATE TABLE t(a); INSERT INTO t VALUES (1)");
+        let lsn = sink().last_lsn(path.to_str().unwrap());
+        exec(&open_plain(&path), "INSERT INTO t VALUES (2)");
+        if checkpoint != "SELECT 1" {
+            exec(&db, &format!("PRAGMA wal_checkpoint({checkpoint})"));
+            try_exec(&db, "INSERT INTO t VALUES (3)").unwrap_err();
+        }
+        // The last to close.
+        drop(db);
+        for _ in 0..2 {
+            let error = try_open(&path).unwrap_err();
+            assert_eq!(code(&error) & 0xff, sqlite::SQLITE_CANTOPEN, "{checkpoint}");
+        }
+        assert_eq!(sink().last_lsn(path.to_str().unwrap()), lsn);
+        assert_eq!(number(&open_plain(&path), "SELECT sum(a) FROM t"), 3);
+    }
+}
+
 /// Broken, an application that opens a database which others have open reads what somebody wrote
 /// there without durovfs, and is told nothing.
 #[test]
