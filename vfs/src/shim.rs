@@ -43,7 +43,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use vfs_methods::*;
 
-pub use vacuum_into::watch;
+pub use vacuum_into::{OWN_THREAD_NAME, watch};
 
 /// Alignment of the host's file object behind ours.
 const FILE_ALIGNMENT: usize = 16;

@@ -8,6 +8,7 @@ use crate::log;
 use durovfs_link::{
     Connection, Endpoint, FrameReceiver, FrameSender, Identity, LinkError, Profile,
 };
+use durovfs_vfs::shim::OWN_THREAD_NAME;
 use durovfs_vfs::sink::SinkError;
 use durovfs_wire::client::{ClientMessage, SidecarMessage};
 use durovfs_wire::entry::EntryPart;
@@ -113,6 +114,7 @@ pub(super) struct Setup {
 /// The body of the runtime thread. Ends when all senders of commands are gone.
 pub(super) fn run(setup: Setup, mut commands: UnboundedReceiver<Command>) {
     let runtime = match tokio::runtime::Builder::new_current_thread()
+        .thread_name(OWN_THREAD_NAME)
         .enable_all()
         .build()
     {

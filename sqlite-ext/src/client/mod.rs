@@ -16,6 +16,7 @@ use bytes::Bytes;
 use call::{Call, block_on};
 use deferred::{DeferredCommits, outcome_of};
 use driver::{Command, Setup};
+use durovfs_vfs::shim::OWN_THREAD_NAME;
 use durovfs_vfs::sink::{OpenedLog, Sink, SinkError, SinkErrorKind};
 use durovfs_wire::client::{ClientMessage, CommitOutcome, FailureKind, SidecarMessage};
 use durovfs_wire::entry::{CommitHeader, EntryPart, Origin, TransactionSummary};
@@ -204,7 +205,7 @@ impl Client {
         let (sender, commands) = mpsc::unbounded_channel();
         let body = move || driver::run(setup, commands);
         let builder = std::thread::Builder::new()
-            .name("durovfs".to_owned())
+            .name(OWN_THREAD_NAME.to_owned())
             .stack_size(STACK_BYTES);
         // The handle is dropped: the thread ends with the process, and nobody waits for it.
         crate::spawn_without_signals(builder, body)

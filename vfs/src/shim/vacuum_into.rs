@@ -5,8 +5,9 @@
 //! very thread, so the connections of the process are known here: while a connection's mutex is
 //! held, its statements may be looked at. `sqlite3_mutex_try` gets a mutex that is free, or that
 //! this thread has already; a statement that runs under a free mutex there is none. A connection
-//! without a mutex (`SQLITE_OPEN_NOMUTEX`, or SQLite built so) may be in use by another thread, and
-//! is left alone: what it makes is protected.
+//! without a mutex (`SQLITE_OPEN_NOMUTEX`, or SQLite built so, as in its shell) may be in use by
+//! another thread: it is looked at when the program has no other, and else left alone, so that what
+//! it makes is protected.
 
 use crate::ffi::{Api, ScalarFn, text};
 use crate::vacuum::is_vacuum_into;
@@ -15,6 +16,9 @@ use libsqlite3_sys::sqlite3;
 use std::ffi::{CStr, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Name of each thread that durovfs starts in the host's process.
+pub const OWN_THREAD_NAME: &str = "durovfs";
 
 /// Open connections: their host's key, and their address.
 static CONNECTIONS: Mutex<Vec<(usize, usize)>> = Mutex::new(Vec::new());
@@ -78,8 +82,12 @@ pub(super) fn runs_here(api: &Api) -> bool {
 unsafe fn runs_on(api: &Api, db: *mut sqlite3) -> bool {
     // SAFETY: by the caller's promise.
     let mutex = unsafe { api.db_mutex(db) };
+    if mutex.is_null() {
+        // SAFETY: there is no other thread that could use the connection.
+        return is_only_thread() && unsafe { has_running(api, db) };
+    }
     // SAFETY: the connection's own mutex.
-    if mutex.is_null() || unsafe { api.mutex_try(mutex) } != sqlite::SQLITE_OK {
+    if unsafe { api.mutex_try(mutex) } != sqlite::SQLITE_OK {
         return false;
     }
     // SAFETY: with its mutex nobody else changes the list, or a statement in it.
@@ -89,8 +97,26 @@ unsafe fn runs_on(api: &Api, db: *mut sqlite3) -> bool {
     found.unwrap_or(false)
 }
 
+/// Whether this is the program's only thread, our own left aside: these never call SQLite, and are
+/// known by their name. False where the system does not tell.
+fn is_only_thread() -> bool {
+    let threads = || -> std::io::Result<bool> {
+        let this = std::fs::read_link("/proc/thread-self")?;
+        for thread in std::fs::read_dir("/proc/self/task")? {
+            let thread = thread?;
+            let is_this = this.file_name() == Some(&thread.file_name());
+            let name = || std::fs::read_to_string(thread.path().join("comm"));
+            if !is_this && name()?.trim_end() != OWN_THREAD_NAME {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    };
+    threads().unwrap_or(false)
+}
+
 /// # Safety
-/// This thread holds the connection's mutex.
+/// This thread holds the connection's mutex, or is the only one.
 unsafe fn has_running(api: &Api, db: *mut sqlite3) -> bool {
     // SAFETY: by the caller's promise, here and below.
     let mut statement = unsafe { api.next_stmt(db, std::ptr::null_mut()) };
