@@ -1,4 +1,4 @@
-//! VACUUM INTO in real programs: its target is an ordinary file, and what else is made is protected.
+//! VACUUM INTO in real programs: its target is an ordinary file; what else is made is protected.
 
 use durovfs_tests::app::{plain_query, sqlite_shell};
 use durovfs_tests::binaries::{PYTHON, binaries, program, workspace};
