@@ -68,6 +68,11 @@ impl Blocks {
                     promise: Some(*epoch),
                     cut: false,
                 },
+                // Who votes must be on disk before the entries of its epoch.
+                Record::Membership { membership, .. } => Block {
+                    promise: Some(membership.epoch),
+                    cut: false,
+                },
                 _ if cuts(record) => Block {
                     promise: None,
                     cut: true,

@@ -12,7 +12,7 @@ pub(crate) const SEGMENT_HEADER_BYTES: u64 = 4096;
 /// Magic of a segment.
 const SEGMENT_MAGIC: [u8; 8] = *b"DUROJRNL";
 /// Format version that this program reads and writes.
-pub(crate) const FORMAT_VERSION: u32 = 2;
+pub(crate) const FORMAT_VERSION: u32 = 3;
 /// Bytes of the header that are used.
 const HEADER_USED_BYTES: usize = 56;
 /// Magic of a record.

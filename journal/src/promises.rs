@@ -9,7 +9,7 @@ use crate::error::JournalError;
 use crate::record::Stored;
 use crate::table::Table;
 use bytes::BufMut;
-use durovfs_wire::ids::{ClaimantId, DatabaseId};
+use durovfs_wire::ids::{ClaimantId, DatabaseId, ReplicaId};
 use durovfs_wire::position::Epoch;
 use serde::{Deserialize, Serialize};
 use std::io::ErrorKind;
@@ -19,7 +19,7 @@ pub(crate) const PROMISES_NAME: &str = "journal-promises";
 /// The file that takes its place.
 const NEXT_NAME: &str = "journal-promises.tmp";
 const MAGIC: [u8; 8] = *b"DUROPROM";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Magic, version, checksum.
 const PREFIX_BYTES: usize = 16;
 /// Largest file that is read: the promises of some hundred thousand databases.
@@ -32,7 +32,7 @@ pub(crate) struct KeptPromise {
     pub name: String,
     pub epoch: Epoch,
     pub claimant: ClaimantId,
-    pub generation: u32,
+    pub replica: Option<ReplicaId>,
 }
 
 impl KeptPromise {
@@ -44,13 +44,13 @@ impl KeptPromise {
                 name,
                 epoch,
                 claimant,
-                generation,
+                replica,
             } => Some(Self {
                 database: *database,
                 name: name.clone(),
                 epoch: *epoch,
                 claimant: *claimant,
-                generation: *generation,
+                replica: *replica,
             }),
             Stored::State { state, .. } => Table::from_state(state.clone(), None).kept_promise(),
             _ => None,

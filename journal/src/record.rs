@@ -1,7 +1,8 @@
 //! Records: what callers append, and the form in which it is stored.
 
 use durovfs_wire::entry::{EntryPart, PartHeader, TransactionSummary};
-use durovfs_wire::ids::{ClaimantId, DatabaseId};
+use durovfs_wire::ids::{ClaimantId, DatabaseId, ReplicaId};
+use durovfs_wire::membership::Membership;
 use durovfs_wire::position::{Epoch, EpochRun, LogPosition, Lsn};
 use serde::{Deserialize, Serialize};
 
@@ -20,8 +21,15 @@ pub enum Record {
         epoch: Epoch,
         /// To which attempt.
         claimant: ClaimantId,
-        /// Membership that the claimant goes by.
-        generation: u32,
+        /// Which replica promises; none in a primary's own journal, which is no replica.
+        replica: Option<ReplicaId>,
+    },
+    /// Who votes on the log, as the primary of an epoch decided it.
+    Membership {
+        /// The log.
+        database: DatabaseId,
+        /// Of an epoch at or above that of the membership before.
+        membership: Membership,
     },
     /// All entries after this one are gone. In an append it must come before the
     /// database's parts.
@@ -74,6 +82,7 @@ impl Record {
         match self {
             Self::Part(part) => part.header.database,
             Self::Promise { database, .. }
+            | Self::Membership { database, .. }
             | Self::Truncate { database, .. }
             | Self::Restart { database, .. }
             | Self::Progress { database, .. }
@@ -91,8 +100,10 @@ pub struct DatabaseState {
     pub database: DatabaseId,
     /// Its name in the cluster; empty if no promise said it.
     pub name: String,
-    /// Membership of the last promise.
-    pub generation: u32,
+    /// Which replica this is, since its first promise; none in a primary's own journal.
+    pub replica: Option<ReplicaId>,
+    /// The membership of the newest epoch whose primary told it.
+    pub membership: Option<Membership>,
     /// The highest epoch promised.
     pub promised: Epoch,
     /// To which attempt.
@@ -120,7 +131,8 @@ impl DatabaseState {
         Self {
             database,
             name: String::new(),
-            generation: 0,
+            replica: None,
+            membership: None,
             promised: Epoch::ZERO,
             claimant: None,
             last: LogPosition::ZERO,
@@ -146,7 +158,7 @@ pub(crate) enum Stored {
         name: String,
         epoch: Epoch,
         claimant: ClaimantId,
-        generation: u32,
+        replica: Option<ReplicaId>,
     },
     Truncate {
         database: DatabaseId,
@@ -184,6 +196,10 @@ pub(crate) enum Stored {
     },
     /// A part of an entry that is held, once more: the segment that it was in is to go.
     Moved(PartHeader),
+    Membership {
+        database: DatabaseId,
+        membership: Membership,
+    },
 }
 
 impl Stored {
@@ -197,6 +213,7 @@ impl Stored {
             | Self::Progress { database, .. }
             | Self::Dropped { database, .. }
             | Self::Damaged { database, .. }
+            | Self::Membership { database, .. }
             | Self::Mended { database } => Some(*database),
             Self::State { state, .. } => Some(state.database),
         }

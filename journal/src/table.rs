@@ -171,7 +171,7 @@ impl Head {
             }
             Stored::State { state, .. } => self.admit_state(state)?,
             Stored::Damaged { first_lsn, .. } => self.admit_damage(*first_lsn, table)?,
-            Stored::Mended { .. } | Stored::Moved(_) => {}
+            Stored::Membership { .. } | Stored::Mended { .. } | Stored::Moved(_) => {}
             Stored::Dropped { through, .. } => {
                 if *through > self.commit_lsn {
                     let commit_lsn = self.commit_lsn;
@@ -423,13 +423,19 @@ impl Table {
                 name,
                 epoch,
                 claimant,
-                generation,
+                replica,
                 ..
             } => {
                 self.state.name.clone_from(name);
                 self.state.promised = *epoch;
                 self.state.claimant = Some(*claimant);
-                self.state.generation = *generation;
+                self.state.replica = *replica;
+            }
+            Stored::Membership { membership, .. } => {
+                let known = self.state.membership.as_ref();
+                if known.is_none_or(|known| known.epoch <= membership.epoch) {
+                    self.state.membership = Some(membership.clone());
+                }
             }
             Stored::Truncate {
                 after,

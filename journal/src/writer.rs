@@ -19,6 +19,7 @@ use crate::table::{ENTRIES_MAX, Head, Location, Table};
 use bytes::Bytes;
 use durovfs_wire::entry::{MAX_PART_PAYLOAD_BYTES, PartKind};
 use durovfs_wire::ids::DatabaseId;
+use durovfs_wire::membership::Membership;
 use durovfs_wire::peer::MAX_NAME_BYTES;
 use durovfs_wire::position::{Epoch, Lsn};
 use std::collections::{BTreeMap, VecDeque};
@@ -37,6 +38,8 @@ const MARK_AFTER: Duration = Duration::from_millis(200);
 const STATE_BYTES: usize = 256;
 /// Guess of an epoch run's bytes.
 const RUN_BYTES: usize = 10;
+/// What a member can take without its address.
+const MEMBER_BYTES: usize = 96;
 
 /// Records that are written together.
 #[derive(Default)]
@@ -749,13 +752,20 @@ fn to_stored(record: &Record, table: Option<&Table>) -> (Stored, Bytes) {
             name,
             epoch,
             claimant,
-            generation,
+            replica,
         } => Stored::Promise {
             database,
             name,
             epoch,
             claimant,
-            generation,
+            replica,
+        },
+        Record::Membership {
+            database,
+            membership,
+        } => Stored::Membership {
+            database,
+            membership,
         },
         Record::Truncate { database, after } => {
             let last_transaction = table.and_then(|table| table.transaction_through(after.lsn));
@@ -794,5 +804,7 @@ fn to_stored(record: &Record, table: Option<&Table>) -> (Stored, Bytes) {
 
 fn state_bytes(table: &Table) -> usize {
     let state = table.state();
-    STATE_BYTES + state.name.len() + state.history.len() * RUN_BYTES
+    let members = state.membership.iter().flat_map(Membership::all_members);
+    let member_bytes: usize = members.map(|m| MEMBER_BYTES + m.address.len()).sum();
+    STATE_BYTES + state.name.len() + state.history.len() * RUN_BYTES + member_bytes
 }

@@ -1,7 +1,7 @@
 //! What a peer may do wrong. Normal refusals are [`durovfs_wire::peer::RejectReason`], not errors;
 //! what this node itself does wrong is an assert.
 
-use durovfs_wire::{DatabaseId, NodeName};
+use durovfs_wire::DatabaseId;
 
 /// A peer broke the protocol: close its link. Nothing of the message was taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -14,9 +14,6 @@ pub enum ProtocolViolation {
         /// The log named.
         got: DatabaseId,
     },
-    /// The node is not of the membership.
-    #[error("node={0} is not of the membership")]
-    Node(NodeName),
     /// The message contradicts itself, the protocol, or what the peer said before.
     #[error("{0}")]
     Malformed(String),

@@ -18,6 +18,8 @@ mod replica;
 
 pub use error::ProtocolViolation;
 pub use history::{History, InvalidHistory};
-pub use membership::{InvalidMembership, Membership, quorum_lsn};
-pub use primary::{LocalLog, NodeProgress, Primary, PrimaryEffect, PrimaryState};
+pub use membership::{held_lsn, holds_quorum, quorum_lsn};
+pub use primary::{
+    LocalLog, NodeProgress, Primary, PrimaryEffect, PrimaryState, ReplaceRefused, Replacement,
+};
 pub use replica::{AppendVerdict, Replica, ReplicaEffect, ReplicaState};

@@ -1,76 +1,21 @@
-//! Who votes on a log, and the arithmetic of their acks.
+//! The arithmetic of quorums: over one set of replicas, or over both while one is being replaced.
 
-use durovfs_wire::{Lsn, NodeName};
-use std::collections::BTreeSet;
+use durovfs_wire::{Lsn, Member, Membership};
 
-/// Most replicas of one log. More would not make it safer, and each costs a copy of every commit.
-const MAX_REPLICA_COUNT: usize = 15;
-
-/// The replicas of a log and how many of them must hold an entry.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Membership {
-    /// Number of this membership; every message carries it.
-    pub generation: u32,
-    /// The replicas.
-    pub nodes: Vec<NodeName>,
-    /// How many make a quorum.
-    pub ack_quorum: usize,
+/// Whether a quorum of every set of the membership is among those that `counts` accepts.
+pub fn holds_quorum(membership: &Membership, counts: impl Fn(&Member) -> bool) -> bool {
+    membership
+        .sets()
+        .all(|set| set.iter().filter(|member| counts(member)).count() >= membership.ack_quorum)
 }
 
-/// The numbers do not make a membership.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidMembership {
-    /// Two quorums could miss each other, or none could ever be gathered.
-    #[error("ack quorum of {ack_quorum} in {replica_count} replicas: any two must share one")]
-    Quorum {
-        /// The quorum given.
-        ack_quorum: usize,
-        /// The replicas given.
-        replica_count: usize,
-    },
-    /// A node that is named twice would be counted twice.
-    #[error("node={0} is named twice")]
-    Duplicate(NodeName),
-    /// More replicas than are supported.
-    #[error("{0} replicas, at most {MAX_REPLICA_COUNT} are supported")]
-    TooMany(usize),
-}
-
-impl Membership {
-    /// Checks the numbers.
-    ///
-    /// # Errors When two quorums need not share a replica, a quorum is more than all, or a node is
-    /// there twice.
-    pub fn new(
-        generation: u32,
-        nodes: Vec<NodeName>,
-        ack_quorum: usize,
-    ) -> Result<Self, InvalidMembership> {
-        let replica_count = nodes.len();
-        if replica_count > MAX_REPLICA_COUNT {
-            return Err(InvalidMembership::TooMany(replica_count));
-        }
-        if 2 * ack_quorum <= replica_count || ack_quorum > replica_count {
-            return Err(InvalidMembership::Quorum {
-                ack_quorum,
-                replica_count,
-            });
-        }
-        let mut seen = BTreeSet::new();
-        if let Some(twice) = nodes.iter().find(|node| !seen.insert(*node)) {
-            return Err(InvalidMembership::Duplicate(twice.clone()));
-        }
-        Ok(Self {
-            generation,
-            nodes,
-            ack_quorum,
-        })
-    }
-
-    /// How many nodes may be missing while a quorum can still be gathered.
-    pub(crate) fn spare_count(&self) -> usize {
-        self.nodes.len() - self.ack_quorum
-    }
+/// The highest lsn that a quorum of every set has on disk, given what each member has.
+pub fn held_lsn(membership: &Membership, flush_lsn: impl Fn(&Member) -> Lsn) -> Lsn {
+    membership
+        .sets()
+        .map(|set| quorum_lsn(set.iter().map(&flush_lsn), membership.ack_quorum))
+        .min()
+        .unwrap_or(Lsn::ZERO)
 }
 
 /// The highest lsn that a quorum has on disk, given what each replica has on disk: the
@@ -89,27 +34,39 @@ pub fn quorum_lsn(flush_lsns: impl IntoIterator<Item = Lsn>, ack_quorum: usize) 
 mod tests {
     use super::*;
 
-    fn nodes(names: &[&str]) -> Vec<NodeName> {
-        names.iter().map(|name| name.parse().unwrap()).collect()
+    fn members(names: &str) -> Vec<Member> {
+        names
+            .split_whitespace()
+            .map(|name| Member::configured(name.parse().unwrap(), String::new()))
+            .collect()
     }
 
-    // If this failed, a configuration could have two quorums that never meet: two primaries at
-    // once.
+    // If this failed, a change of replicas could be decided, or a commit be told, by one of the two
+    // sets alone.
     #[test]
-    fn memberships_whose_quorums_can_miss_each_other_are_refused() {
-        assert!(Membership::new(1, nodes(&["a", "b", "c", "d", "e"]), 3).is_ok());
-        assert!(Membership::new(1, nodes(&["a"]), 1).is_ok());
-        for (names, quorum) in [
-            (&["a", "b", "c", "d", "e"][..], 2),
-            (&["a", "b", "c", "d"][..], 2),
-            (&["a", "b"][..], 3),
-            (&[][..], 0),
-            (&["a", "b", "a"][..], 2),
-        ] {
-            assert!(
-                Membership::new(1, nodes(names), quorum).is_err(),
-                "{names:?} {quorum}"
+    fn during_a_change_a_quorum_of_both_sets_is_needed() {
+        let mut membership = Membership::configured(members("a b c d e"), 3).unwrap();
+        membership.next = Some(members("a b x y z"));
+        let quorum_of = |names: &str| {
+            let has = |member: &Member| names.contains(member.node.as_str());
+            let lsn = held_lsn(&membership, |member| Lsn::new(u64::from(has(member))));
+            assert_eq!(
+                lsn == Lsn::new(1),
+                holds_quorum(&membership, has),
+                "{names}"
             );
+            lsn == Lsn::new(1)
+        };
+        for (names, expected) in [
+            ("a b c", false),
+            ("c d e", false),
+            ("x y z", false),
+            ("c d e x y", false),
+            ("a b c x", true),
+            ("c d e x y z", true),
+            ("a c d e y z", true),
+        ] {
+            assert_eq!(quorum_of(names), expected, "{names}");
         }
     }
 

@@ -1,20 +1,24 @@
 //! The primary of one log: claims an epoch, recovers the log's end, counts acks, buries.
 //!
-//! This file holds the events and the state; `primary/recovery.rs` the choice of the log, and
-//! `primary/feed.rs` what each replica is sent and what its answers mean. No I/O: the driver
-//! carries the effects out in the order in which they are polled. `docs/protocol.md` tells the
-//! exchanges.
+//! This file holds the events and the state; `primary/recovery.rs` the choice of the log,
+//! `primary/feed.rs` what each replica is sent and what its answers mean, `primary/change.rs` who
+//! the replicas are. No I/O: the driver carries the effects out in the order in which they are
+//! polled. `docs/protocol.md` tells the exchanges.
 
+mod change;
 mod feed;
 mod recovery;
 #[cfg(test)]
 mod tests;
 
 use crate::history::History;
-use crate::membership::Membership;
 use durovfs_wire::peer::{Claim, PrimaryMessage, Promise};
-use durovfs_wire::{ClaimantId, DatabaseId, Epoch, EpochRun, LogPosition, Lsn, NodeName};
+use durovfs_wire::{
+    ClaimantId, DatabaseId, Epoch, EpochRun, LogPosition, Lsn, Membership, NodeName, ReplicaId,
+};
 use std::collections::{BTreeMap, VecDeque};
+
+pub use change::{ReplaceRefused, Replacement};
 
 /// What a node's own journal holds of the log when its primary starts. It is no vote: what the
 /// replicas say overrides it.
@@ -86,6 +90,14 @@ pub enum PrimaryEffect {
         /// Up to this one.
         last: LogPosition,
     },
+    /// The nodes to talk to have changed, to those of [`Primary::progress`]: connect to them, and
+    /// call [`Primary::handle_connected`] for each new one that is connected.
+    NodesChanged,
+    /// Write the membership that was decided on to the own journal.
+    NoteMembership {
+        /// Its epoch is the one claimed.
+        membership: Membership,
+    },
     /// Append the epoch start to the own journal, then call [`Primary::handle_appended`].
     AppendEpochStart {
         /// Its position.
@@ -139,7 +151,13 @@ pub struct NodeProgress {
     pub connected: bool,
     /// It promised the current epoch on this connection.
     pub promised: bool,
-    /// It refused the current epoch (or this membership), having promised this one.
+    /// Its replica is the one that the membership names, so that its acks count.
+    pub counted: bool,
+    /// Which replica it said it is.
+    pub replica: Option<ReplicaId>,
+    /// It lost entries that it had acked, so that its disk is not to be trusted.
+    pub forgot: bool,
+    /// It refused the current epoch, having promised this one.
     pub refused: Option<Epoch>,
     /// Its disk took no entry: it is left alone until [`Primary::restart_feed`] or a new
     /// connection.
@@ -175,6 +193,14 @@ pub struct Primary {
     bury: Option<Bury>,
     /// Claims count although another node is a live primary.
     forced: bool,
+    /// A replacement that was asked for and of which the last step was not made.
+    replacement: Option<Replacement>,
+    /// The membership that the claim under way is for, if it is for one.
+    proposal: Option<Proposal>,
+    /// This node has made up the log's id, and claims it for the first time.
+    is_new: bool,
+    /// The first claim of a new log waits for all that are connected.
+    waits: bool,
     nodes: BTreeMap<NodeName, Node>,
     effects: VecDeque<PrimaryEffect>,
 }
@@ -208,11 +234,22 @@ struct Bury {
     first_lsn: Lsn,
 }
 
+/// A step of a change: the membership that the next epoch is to have.
+#[derive(Debug, Clone)]
+struct Proposal {
+    /// The epoch that was led when it was proposed.
+    base: Epoch,
+    membership: Membership,
+}
+
 #[derive(Debug, Clone, Default)]
 struct Node {
     connected: bool,
     standing: Standing,
     feeding: bool,
+    /// Which replica it said it is, on this connection or an earlier one.
+    replica: Option<ReplicaId>,
+    forgot: bool,
     /// What the replica said it had, until a feed was started from it.
     promise: Option<Promise>,
     /// Its log could not be fetched: it is not counted for the choice of the log.
@@ -261,8 +298,8 @@ impl Primary {
         );
         let commit_lsn = local.commit_lsn.min(local.last.lsn).max(gone_lsn);
         let nodes = membership
-            .nodes
-            .iter()
+            .nodes()
+            .into_iter()
             .map(|node| (node.clone(), Node::default()))
             .collect();
         Self {
@@ -280,6 +317,10 @@ impl Primary {
             retained_lsn: None,
             bury: None,
             forced: false,
+            replacement: None,
+            proposal: None,
+            is_new: false,
+            waits: true,
             nodes,
             effects: VecDeque::new(),
         }
@@ -290,6 +331,9 @@ impl Primary {
     /// ([`PrimaryEffect::BuryRefused`]).
     pub fn start_claim(&mut self, claimant: ClaimantId) {
         self.refuse_bury();
+        self.proposal = None;
+        // Another than the first: somebody may have decided something in between.
+        self.is_new &= matches!(self.stage, Stage::Idle);
         self.begin_claim(claimant);
     }
 
@@ -440,6 +484,7 @@ impl Primary {
             }
             *node = Node {
                 connected: node.connected,
+                replica: node.replica,
                 ..Node::default()
             };
             if node.connected {
@@ -456,7 +501,6 @@ impl Primary {
         Claim {
             database: self.database,
             name: self.name.clone(),
-            generation: self.membership.generation,
             epoch: self.epoch,
             claimant,
             // A quorum has promised this epoch already: whoever was the primary before is not.
@@ -472,6 +516,9 @@ impl Primary {
 
     fn fence(&mut self, by: Epoch) {
         self.refuse_bury();
+        self.proposal = None;
+        // Whoever leads now is asked again.
+        self.cancel_replacement();
         for (name, node) in &mut self.nodes {
             if std::mem::take(&mut node.feeding) {
                 self.effects
@@ -538,12 +585,23 @@ impl Primary {
     pub fn progress(&self) -> impl Iterator<Item = (&NodeName, NodeProgress)> {
         self.nodes
             .iter()
-            .map(|(name, node)| (name, node.progress()))
+            .map(|(name, node)| (name, self.progress_of(name, node)))
     }
 
-    /// What is known of one replica; none when it is not of the membership.
+    /// What is known of one replica; none when its node is not talked to.
     pub fn node_progress(&self, node: &NodeName) -> Option<NodeProgress> {
-        self.nodes.get(node).map(Node::progress)
+        self.nodes
+            .get(node)
+            .map(|state| self.progress_of(node, state))
+    }
+
+    fn progress_of(&self, name: &NodeName, node: &Node) -> NodeProgress {
+        NodeProgress {
+            counted: node
+                .replica
+                .is_some_and(|replica| self.membership.has(name, replica)),
+            ..node.progress()
+        }
     }
 
     /// The next thing to do. Poll until there is none.
@@ -557,6 +615,9 @@ impl Node {
         NodeProgress {
             connected: self.connected,
             promised: self.standing == Standing::Promised,
+            counted: false,
+            replica: self.replica,
+            forgot: self.forgot,
             refused: match self.standing {
                 Standing::Refused(promised) => Some(promised),
                 Standing::Asked | Standing::Promised | Standing::Troubled => None,

@@ -8,20 +8,25 @@ mod append;
 #[cfg(test)]
 mod tests;
 
+use crate::error::ProtocolViolation;
 use crate::history::History;
 use durovfs_wire::peer::{Claim, Promise, RejectReason, ReplicaMessage};
-use durovfs_wire::{ClaimantId, DatabaseId, Epoch, EpochRun, LogPosition, Lsn, NodeName};
+use durovfs_wire::{
+    ClaimantId, DatabaseId, Epoch, EpochRun, LogPosition, Lsn, Membership, NodeName, ReplicaId,
+};
 use std::collections::VecDeque;
 
 /// What a replica's journal holds of a log: read at start, and again after trouble with the disk.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReplicaState {
+    /// Which replica this is.
+    pub replica: ReplicaId,
     /// Highest epoch promised.
     pub promised: Epoch,
     /// To which attempt.
     pub claimant: Option<ClaimantId>,
-    /// Membership gone by.
-    pub generation: u32,
+    /// The membership of the newest epoch whose primary told it.
+    pub membership: Option<Membership>,
     /// Last complete entry on disk.
     pub last: LogPosition,
     /// First entry still held; `last.lsn + 1` when none is (zero counts as one).
@@ -34,6 +39,24 @@ pub struct ReplicaState {
     pub history: Vec<EpochRun>,
     /// Damage took, or may have taken, entries that were acked: see [`Replica::is_mending`].
     pub mending: bool,
+}
+
+impl ReplicaState {
+    /// Of a replica that hears of its log for the first time. The driver draws the identity.
+    pub fn unheard_of(replica: ReplicaId) -> Self {
+        Self {
+            replica,
+            promised: Epoch::ZERO,
+            claimant: None,
+            membership: None,
+            last: LogPosition::ZERO,
+            first_lsn: Lsn::ZERO,
+            commit_lsn: Lsn::ZERO,
+            archive_lsn: Lsn::ZERO,
+            history: Vec::new(),
+            mending: false,
+        }
+    }
 }
 
 /// What is to be done with a part.
@@ -65,14 +88,20 @@ pub enum ReplicaEffect {
         epoch: Epoch,
         /// To this attempt.
         claimant: ClaimantId,
-        /// The membership to go by.
-        generation: u32,
+        /// Which replica promises; on disk with its first promise.
+        replica: ReplicaId,
         /// The database's name.
         name: String,
     },
     /// Note in the journal that the log is whole again. Until it is on disk a restart begins to
     /// mend anew, which does no harm.
     PersistMended,
+    /// Write the membership to the journal. No answer is needed: no entry that is written later is
+    /// on disk before it.
+    PersistMembership {
+        /// What the primary of its epoch decided.
+        membership: Membership,
+    },
     /// Send a message.
     Send {
         /// To this node.
@@ -93,9 +122,10 @@ pub enum ReplicaEffect {
 #[derive(Debug)]
 pub struct Replica {
     database: DatabaseId,
+    replica: ReplicaId,
     promised: Epoch,
     claimant: Option<ClaimantId>,
-    generation: u32,
+    membership: Option<Membership>,
     /// What was promised before `promised`; unknown after a restart, since it is not kept on disk.
     previous_promise: Option<Epoch>,
     /// Who was told of the promise. Acks go there; without it no entry is taken.
@@ -129,7 +159,6 @@ struct PendingPromise {
     from: NodeName,
     epoch: Epoch,
     claimant: ClaimantId,
-    generation: u32,
     previous: Epoch,
 }
 
@@ -191,9 +220,10 @@ impl Replica {
         };
         Self {
             database,
+            replica: persisted.replica,
             promised: persisted.promised,
             claimant: persisted.claimant,
-            generation: persisted.generation,
+            membership: persisted.membership,
             previous_promise: None,
             primary: None,
             pending: None,
@@ -263,14 +293,13 @@ impl Replica {
             from: from.clone(),
             epoch: claim.epoch,
             claimant: claim.claimant,
-            generation: claim.generation,
             previous,
         });
         self.effects.push_back(ReplicaEffect::PersistPromise {
             token,
             epoch: claim.epoch,
             claimant: claim.claimant,
-            generation: claim.generation,
+            replica: self.replica,
             name: claim.name.clone(),
         });
     }
@@ -281,18 +310,12 @@ impl Replica {
                 message: message.clone(),
             });
         }
-        let (epoch, claimant, generation) = match &self.pending {
-            Some(pending) => (pending.epoch, Some(pending.claimant), pending.generation),
-            None => (self.promised, self.claimant, self.generation),
+        let (epoch, claimant) = match &self.pending {
+            Some(pending) => (pending.epoch, Some(pending.claimant)),
+            None => (self.promised, self.claimant),
         };
-        if claim.generation < generation {
-            return Some(RejectReason::Generation {
-                current: generation,
-            });
-        }
-        let repeated = claim.epoch == epoch
-            && Some(claim.claimant) == claimant
-            && claim.generation == generation;
+        // Whatever membership the claimant goes by: the promise tells it a newer one.
+        let repeated = claim.epoch == epoch && Some(claim.claimant) == claimant;
         (claim.epoch <= epoch && !repeated).then_some(RejectReason::Fenced { promised: epoch })
     }
 
@@ -310,7 +333,6 @@ impl Replica {
         );
         let served = std::mem::replace(&mut self.promised, pending.epoch);
         self.claimant = Some(pending.claimant);
-        self.generation = pending.generation;
         self.previous_promise = Some(pending.previous);
         let before = self.primary.replace(pending.from.clone());
         // What is committed is in the log of every later primary; of the rest nothing is known yet.
@@ -365,7 +387,8 @@ impl Replica {
         history.truncate_after(last.lsn);
         let promise = Promise {
             database: self.database,
-            generation: self.generation,
+            replica: self.replica,
+            membership: self.membership.clone(),
             epoch: self.promised,
             claimant,
             // Not knowing is told as this epoch itself, which no burial accepts.
@@ -446,6 +469,31 @@ impl Replica {
         });
     }
 
+    /// The primary told the membership that it decided on. Ignored unless its epoch is the one
+    /// promised.
+    ///
+    /// # Errors
+    /// When the primary told another one for this epoch before; nothing was changed.
+    pub fn handle_members(&mut self, membership: Membership) -> Result<(), ProtocolViolation> {
+        let current = self.pending.is_none() && membership.epoch == self.promised;
+        if !current || membership.epoch == Epoch::ZERO || self.trouble.is_some() {
+            return Ok(());
+        }
+        match &self.membership {
+            Some(known) if *known == membership => return Ok(()),
+            Some(known) if known.epoch >= membership.epoch => {
+                return Err(ProtocolViolation::malformed(format!(
+                    "membership {membership:?}, but {known:?} was told before"
+                )));
+            }
+            _ => {}
+        }
+        self.membership = Some(membership.clone());
+        self.effects
+            .push_back(ReplicaEffect::PersistMembership { membership });
+        Ok(())
+    }
+
     /// The primary told what is committed and archived. Ignored unless its epoch is the one
     /// promised.
     pub fn handle_progress(&mut self, epoch: Epoch, commit_lsn: Lsn, archive_lsn: Lsn) {
@@ -515,9 +563,22 @@ impl Replica {
             .map_or(self.promised, |pending| pending.epoch)
     }
 
-    /// Membership gone by.
-    pub fn generation(&self) -> u32 {
-        self.generation
+    /// Which replica this is.
+    pub fn replica(&self) -> ReplicaId {
+        self.replica
+    }
+
+    /// The membership of the newest epoch whose primary told it.
+    pub fn membership(&self) -> Option<&Membership> {
+        self.membership.as_ref()
+    }
+
+    /// Generation of the membership that the primary of the promised epoch told; zero before.
+    fn generation(&self) -> u32 {
+        self.membership
+            .as_ref()
+            .filter(|membership| membership.epoch == self.promised)
+            .map_or(0, |membership| membership.generation)
     }
 
     /// The node that the promise was given to, since this replica started.
@@ -572,7 +633,8 @@ impl Replica {
         let message = ReplicaMessage::Ack {
             database: self.database,
             epoch: self.promised,
-            generation: self.generation,
+            generation: self.generation(),
+            replica: self.replica,
             flush_lsn: self.flush_lsn.min(self.matched_lsn),
         };
         self.primary

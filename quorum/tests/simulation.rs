@@ -63,6 +63,10 @@ fn no_schedule_loses_a_commit_or_revives_a_buried_one() {
         sum.trouble += tally.trouble;
         sum.damaged += tally.damaged;
         sum.mended += tally.mended;
+        sum.wiped += tally.wiped;
+        sum.changes_begun += tally.changes_begun;
+        sum.changes_done += tally.changes_done;
+        sum.old_configs += tally.old_configs;
     }
     eprintln!("{sum:?}");
     if seeds().count() > 1 {
@@ -85,6 +89,10 @@ fn no_schedule_loses_a_commit_or_revives_a_buried_one() {
             ("disks in trouble", sum.trouble),
             ("damaged logs", sum.damaged),
             ("mended logs", sum.mended),
+            ("lost disks", sum.wiped),
+            ("steps of a replacement", sum.changes_begun),
+            ("replacements", sum.changes_done),
+            ("hosts with the first configuration", sum.old_configs),
         ] {
             assert!(count >= 20, "only {count} {what} in all seeds: {sum:?}");
         }
@@ -131,6 +139,16 @@ fn a_divergent_tail_that_stays_is_caught() {
 #[test]
 fn a_burial_without_its_condition_is_caught() {
     assert_caught(Fault::BuryUnconditionally, 600);
+}
+
+#[test]
+fn a_lost_disk_that_votes_as_before_is_caught() {
+    assert_caught(Fault::AnyIdentity, 300);
+}
+
+#[test]
+fn a_replacement_without_a_joint_phase_is_caught() {
+    assert_caught(Fault::OneStepChange, 600);
 }
 
 #[test]

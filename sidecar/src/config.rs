@@ -83,6 +83,8 @@ pub struct JournalConfig {
 /// Configuration of one sidecar.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SidecarConfig {
+    /// The file that all this comes from.
+    pub file: PathBuf,
     /// This node.
     pub node: NodeName,
     /// Where it listens (UDP).
@@ -404,6 +406,7 @@ impl SidecarConfig {
         let replicas = source.replicas(raw.replicas, &nodes)?;
         let ack_quorum = source.ack_quorum(raw.ack_quorum, replicas.len())?;
         Ok(Self {
+            file: source.file.to_owned(),
             node,
             listen,
             data: source.path(raw.data),

@@ -42,6 +42,7 @@ enum Command {
     Restore(cli::restore::RestoreArgs),
     Resolve(cli::resolve::ResolveArgs),
     Takeover(cli::takeover::TakeoverArgs),
+    Replace(cli::replace::ReplaceArgs),
 }
 
 fn main() -> ExitCode {
@@ -71,6 +72,7 @@ fn run(command: Command) -> Result<(), Failure> {
             Command::Restore(args) => cli::restore::run(args).await,
             Command::Resolve(args) => cli::resolve::run(args).await,
             Command::Takeover(args) => cli::takeover::run(args).await,
+            Command::Replace(args) => cli::replace::run(args).await,
         }
     })
 }

@@ -10,7 +10,9 @@ mod tests;
 use durovfs_journal::{DatabaseState, Journal, JournalError, Record};
 use durovfs_quorum::{AppendVerdict, ProtocolViolation, Replica, ReplicaEffect, ReplicaState};
 use durovfs_wire::peer::{Claim, RejectReason, ReplicaMessage};
-use durovfs_wire::{DatabaseId, EntryPart, Epoch, LogPosition, Lsn, NodeName};
+use durovfs_wire::{
+    DatabaseId, EntryPart, Epoch, LogPosition, Lsn, Membership, NodeName, ReplicaId,
+};
 use std::sync::Arc;
 
 /// What the journal did for a log. Goes back to its [`ReplicaLog::handle_notice`].
@@ -36,6 +38,8 @@ enum Written {
     Promise {
         token: u64,
     },
+    /// Who votes.
+    Membership,
     Progress {
         drop_through: Lsn,
     },
@@ -52,7 +56,7 @@ pub type NoticeSink = Arc<dyn Fn(Notice) + Send + Sync>;
 /// What an append says of the primary that sent it.
 #[derive(Debug, Clone, Copy)]
 pub struct AppendContext {
-    /// Membership that it goes by.
+    /// Generation of the membership that it goes by.
     pub generation: u32,
     /// Its epoch.
     pub epoch: Epoch,
@@ -108,14 +112,19 @@ pub struct ReplicaLog {
 }
 
 impl ReplicaLog {
-    /// As the journal has it.
+    /// As the journal has it. `drawn` is the identity to take when it has none.
     ///
     /// # Panics
     /// When the state contradicts itself.
-    pub fn from_journal(journal: Journal, notices: NoticeSink, state: &DatabaseState) -> Self {
+    pub fn from_journal(
+        journal: Journal,
+        notices: NoticeSink,
+        state: &DatabaseState,
+        drawn: ReplicaId,
+    ) -> Self {
         Self {
             database: state.database,
-            machine: Replica::new(state.database, persisted(state)),
+            machine: Replica::new(state.database, persisted(state, drawn)),
             machine_number: 0,
             journal,
             notices,
@@ -124,11 +133,16 @@ impl ReplicaLog {
         }
     }
 
-    /// A log that the journal knows nothing of.
-    pub fn unheard_of(journal: Journal, notices: NoticeSink, database: DatabaseId) -> Self {
+    /// A log that the journal knows nothing of: a new replica, whose identity is `drawn` at random.
+    pub fn unheard_of(
+        journal: Journal,
+        notices: NoticeSink,
+        database: DatabaseId,
+        drawn: ReplicaId,
+    ) -> Self {
         Self {
             database,
-            machine: Replica::new(database, ReplicaState::default()),
+            machine: Replica::new(database, ReplicaState::unheard_of(drawn)),
             machine_number: 0,
             journal,
             notices,
@@ -213,6 +227,14 @@ impl ReplicaLog {
         self.note_archived();
     }
 
+    /// The primary told who votes in its epoch.
+    ///
+    /// # Errors
+    /// When it told otherwise before.
+    pub fn handle_members(&mut self, membership: Membership) -> Result<(), ProtocolViolation> {
+        self.machine.handle_members(membership)
+    }
+
     /// The primary told how far a log that is mending must reach.
     pub fn handle_mend(&mut self, epoch: Epoch, lsn: Lsn) {
         self.machine.handle_mend(epoch, lsn);
@@ -274,7 +296,10 @@ impl ReplicaLog {
                 self.machine.handle_trouble(error.to_string());
                 return Some(error);
             }
-            (Written::Progress { .. } | Written::Damaged | Written::Mended, Ok(())) => {}
+            (
+                Written::Membership | Written::Progress { .. } | Written::Damaged | Written::Mended,
+                Ok(()),
+            ) => {}
         }
         None
     }
@@ -283,7 +308,11 @@ impl ReplicaLog {
     /// machine took as written is not, so a new one begins from what the journal has.
     pub fn recover_from_trouble(&mut self) {
         let state = self.journal.state(self.database);
-        let persisted = state.as_ref().map(persisted).unwrap_or_default();
+        let replica = self.machine.replica();
+        let persisted = match &state {
+            Some(state) => persisted(state, replica),
+            None => ReplicaState::unheard_of(replica),
+        };
         self.machine = Replica::new(self.database, persisted);
         self.machine_number += 1;
         if let Some(damage) = &self.damage {
@@ -302,7 +331,7 @@ impl ReplicaLog {
                     token,
                     epoch,
                     claimant,
-                    generation,
+                    replica,
                     name,
                 } => {
                     let record = Record::Promise {
@@ -310,9 +339,16 @@ impl ReplicaLog {
                         name,
                         epoch,
                         claimant,
-                        generation,
+                        replica: Some(replica),
                     };
                     self.write(vec![record], Written::Promise { token }, ());
+                }
+                ReplicaEffect::PersistMembership { membership } => {
+                    let record = Record::Membership {
+                        database: self.database,
+                        membership,
+                    };
+                    self.write(vec![record], Written::Membership, ());
                 }
                 ReplicaEffect::PersistMended => {
                     tracing::info!(database = %self.database, "the damaged log is whole again");
@@ -369,11 +405,12 @@ impl ReplicaLog {
 }
 
 /// What the state machine begins from.
-fn persisted(state: &DatabaseState) -> ReplicaState {
+fn persisted(state: &DatabaseState, drawn: ReplicaId) -> ReplicaState {
     ReplicaState {
+        replica: state.replica.unwrap_or(drawn),
         promised: state.promised,
         claimant: state.claimant,
-        generation: state.generation,
+        membership: state.membership.clone(),
         last: state.last,
         first_lsn: state.first_lsn,
         commit_lsn: state.commit_lsn,

@@ -107,6 +107,18 @@ pub enum ClientMessage {
         /// Name in the cluster.
         name: String,
     },
+    /// Replaces the replica of one node by one of another (or by a new one of the same node), or
+    /// asks how far that is: the same question again changes nothing.
+    Replace {
+        /// Comes back.
+        request: u64,
+        /// Name of the database in the cluster.
+        name: String,
+        /// The node whose replica goes.
+        old: NodeName,
+        /// The node that gets one.
+        new: NodeName,
+    },
     /// Asks for the bookmark of the last commit at or before a moment (a WHEN, as people write it).
     FindBookmark {
         /// Comes back.
@@ -189,6 +201,13 @@ pub enum SidecarMessage {
         /// The bookmark, or why there is none.
         bookmark: Result<LogPosition, String>,
     },
+    /// Answer to [`ClientMessage::Replace`].
+    Replacing {
+        /// Of the question.
+        request: u64,
+        /// How far it is.
+        state: ReplaceState,
+    },
     /// A request that could not be carried out.
     Failed {
         /// Of the question.
@@ -197,6 +216,27 @@ pub enum SidecarMessage {
         kind: FailureKind,
         /// What failed, on what, and what to do: one line.
         message: String,
+    },
+}
+
+/// How far a replacement is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReplaceState {
+    /// The new replica is fed, and has no vote yet.
+    CatchingUp {
+        /// Entries that it lacks.
+        lag_entries: u64,
+    },
+    /// Both sets of replicas are needed for every commit.
+    Joint {
+        /// Entries that the new replica lacks.
+        lag_entries: u64,
+    },
+    /// The new replica has the old one's place.
+    Done {
+        /// Generation of the membership since.
+        generation: u32,
     },
 }
 

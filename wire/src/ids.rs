@@ -71,6 +71,11 @@ random_id!(
     /// One attempt of a sidecar to win an epoch. Tells a repeated claim from a competing one.
     ClaimantId
 );
+random_id!(
+    /// One replica of one log: drawn when a journal first hears of the log, and kept in it. A
+    /// replica whose journal was lost comes back under another.
+    ReplicaId
+);
 
 /// Name of a sidecar in its cluster: 1 to 63 of `a-z`, `0-9` and `-`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -10,6 +10,7 @@ pub mod client;
 pub mod codec;
 pub mod entry;
 pub mod ids;
+pub mod membership;
 pub mod peer;
 pub mod position;
 pub mod resolution;
@@ -21,7 +22,8 @@ pub use codec::{Decoder, Frame, FrameError};
 pub use entry::{
     CommitHeader, EntryPart, Origin, PartHeader, PartKind, PayloadError, SlotPage, SlotPages,
 };
-pub use ids::{ClaimantId, ClientId, DatabaseId, InvalidNodeName, NodeName};
+pub use ids::{ClaimantId, ClientId, DatabaseId, InvalidNodeName, NodeName, ReplicaId};
+pub use membership::{InvalidMembership, Member, Membership};
 pub use position::{Bookmark, Epoch, EpochRun, LogPosition, Lsn, Timestamp};
 pub use wal::{PageNo, PageSize};
 

@@ -4,7 +4,8 @@
 //! the epoch it speaks for and the membership's generation; a receiver refuses what is not current.
 
 use crate::entry::PartHeader;
-use crate::ids::{ClaimantId, DatabaseId, NodeName};
+use crate::ids::{ClaimantId, DatabaseId, NodeName, ReplicaId};
+use crate::membership::Membership;
 use crate::position::{Epoch, EpochRun, LogPosition, Lsn};
 use serde::{Deserialize, Serialize};
 
@@ -25,9 +26,17 @@ pub enum PrimaryMessage {
     },
     /// Asks for the promise to serve no older epoch.
     Claim(Claim),
+    /// The membership that the primary of an epoch decided on. Goes before the first append of a
+    /// feed; a replica takes no entry in the epoch without it.
+    Members {
+        /// The log.
+        database: DatabaseId,
+        /// The membership; its epoch is the sender's.
+        membership: Membership,
+    },
     /// One part of an entry; the payload is the part's.
     Append {
-        /// Membership that the primary goes by.
+        /// Generation of the membership that the primary goes by.
         generation: u32,
         /// The primary's epoch. The part keeps the epoch that its entry was written in, which is
         /// lower when an entry of an earlier primary is fed again.
@@ -89,8 +98,6 @@ pub struct Claim {
     pub database: DatabaseId,
     /// Its name, which a replica that never heard of it notes down.
     pub name: String,
-    /// Membership that the claimant goes by.
-    pub generation: u32,
     /// The epoch it wants.
     pub epoch: Epoch,
     /// Which attempt: a repeated claim has the same, a competing one has not.
@@ -107,6 +114,8 @@ pub struct FoundLog {
     pub database: DatabaseId,
     /// The node that is its primary and gave a sign of life lately, if there is one.
     pub primary: Option<LivePrimary>,
+    /// The membership that the replica goes by, if a primary told it.
+    pub membership: Option<Membership>,
 }
 
 /// A primary that a replica heard of lately.
@@ -136,8 +145,10 @@ pub enum ReplicaMessage {
         database: DatabaseId,
         /// The epoch that the replica serves.
         epoch: Epoch,
-        /// Membership that the replica goes by.
+        /// Generation of the membership that the replica goes by.
         generation: u32,
+        /// Which replica this is.
+        replica: ReplicaId,
         /// Its last synced entry.
         flush_lsn: Lsn,
     },
@@ -176,8 +187,10 @@ pub enum ReplicaMessage {
 pub struct Promise {
     /// The log.
     pub database: DatabaseId,
-    /// Membership that the replica goes by.
-    pub generation: u32,
+    /// Which replica this is.
+    pub replica: ReplicaId,
+    /// The membership of the newest epoch whose primary told it; none if none did.
+    pub membership: Option<Membership>,
     /// The epoch promised now.
     pub epoch: Epoch,
     /// To which attempt.
@@ -225,9 +238,9 @@ pub enum RejectReason {
         /// Its last entry.
         last: LogPosition,
     },
-    /// It goes by another membership.
+    /// It was not told the membership of this epoch, or goes by another.
     Generation {
-        /// Its own.
+        /// Its own; zero for none.
         current: u32,
     },
     /// Its disk does not take the entry.

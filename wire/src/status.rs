@@ -61,6 +61,12 @@ pub struct DatabaseStatus {
     pub checksum: String,
     /// Where the archive is, if there is one.
     pub archive_url: Option<String>,
+    /// Counts the changes of its members; zero where the node does not know them.
+    pub generation: u32,
+    /// Nodes of its members.
+    pub members: Vec<NodeName>,
+    /// The change of members under way, if one is: one line.
+    pub change: Option<String>,
     /// The replicas, as their primary sees them.
     pub replicas: Vec<ReplicaStatus>,
     /// What a person should look at: one line each.
@@ -76,6 +82,8 @@ pub struct ReplicaStatus {
     pub address: String,
     /// `streaming`, `catching_up`, `silent`, `disconnected`, `refusing` …
     pub state: String,
+    /// Whether it has a vote: its node is a member, and it is the replica that the node had then.
+    pub counted: bool,
     /// Last entry known to be on its disk.
     pub flush_lsn: Lsn,
     /// Entries it lacks.

@@ -149,8 +149,9 @@ impl Scan {
         let admitted = self.admit(database, stored);
         match (doubt, stored) {
             (None, _) => admitted?,
-            // The promise is the only thing that holds whatever the log was.
-            (Some(Doubt::Cut), Stored::Promise { .. }) if admitted.is_ok() => {}
+            // These are the only things that hold whatever the log was.
+            (Some(Doubt::Cut), Stored::Promise { .. } | Stored::Membership { .. })
+                if admitted.is_ok() => {}
             (Some(Doubt::Cut), _) => return Ok(()),
             // They speak of a log that may not be the one that was read.
             (

@@ -35,7 +35,8 @@ impl Table {
         let cuts = self.cuts + 1;
         let state = DatabaseState {
             name: std::mem::take(&mut self.state.name),
-            generation: self.state.generation,
+            replica: self.state.replica,
+            membership: self.state.membership.take(),
             promised: self.state.promised,
             claimant: self.state.claimant,
             mending: true,
@@ -121,7 +122,7 @@ impl Table {
             name: self.state.name.clone(),
             epoch: self.state.promised,
             claimant: self.state.claimant?,
-            generation: self.state.generation,
+            replica: self.state.replica,
         })
     }
 
@@ -132,7 +133,7 @@ impl Table {
             state.name = promise.name;
             state.promised = promise.epoch;
             state.claimant = Some(promise.claimant);
-            state.generation = promise.generation;
+            state.replica = promise.replica;
         }
     }
 }

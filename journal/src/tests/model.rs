@@ -7,6 +7,7 @@ use super::support::*;
 use crate::disk::memory::MemoryDisk;
 use crate::{DatabaseState, Journal, JournalError, Record};
 use durovfs_wire::entry::{EntryPart, PartKind, TransactionSummary};
+use durovfs_wire::ids::ReplicaId;
 use durovfs_wire::position::{Epoch, EpochRun, LogPosition, Lsn};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -83,6 +84,7 @@ impl ModelDatabase {
                 }
             }
             Record::Promise { epoch, .. } => self.promised = epoch.get(),
+            Record::Membership { .. } => {}
             Record::Truncate { after, .. } => {
                 self.open.clear();
                 self.entries
@@ -146,7 +148,8 @@ fn matches_model(journal: &Journal, model: &Model) -> Result<(), String> {
             } else {
                 format!("db-{number}")
             },
-            generation: u32::from(m.promised > 0),
+            replica: (m.promised > 0).then(|| ReplicaId::from_bytes([number; 16])),
+            membership: state.membership.clone(),
             promised: Epoch::new(m.promised),
             claimant: state.claimant,
             last: m.last(),

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use durovfs_wire::checksum::DatabaseChecksum;
 use durovfs_wire::entry::TransactionSummary;
 use durovfs_wire::entry::{CommitHeader, EntryPart, Origin, PartHeader, PartKind};
-use durovfs_wire::ids::{ClaimantId, ClientId, DatabaseId};
+use durovfs_wire::ids::{ClaimantId, ClientId, DatabaseId, ReplicaId};
 use durovfs_wire::position::{Epoch, LogPosition, Lsn, Timestamp};
 use durovfs_wire::wal::PageSize;
 use std::sync::{Arc, mpsc};
@@ -25,7 +25,7 @@ pub fn promise(number: u8, epoch: u32) -> Record {
         name: format!("db-{number}"),
         epoch: Epoch::new(epoch),
         claimant: ClaimantId::from_bytes([epoch as u8; 16]),
-        generation: 1,
+        replica: Some(ReplicaId::from_bytes([number; 16])),
     }
 }
 

@@ -4,13 +4,13 @@
 use super::{Primary, PrimaryEffect, Stage, Standing};
 use crate::error::ProtocolViolation;
 use crate::history::History;
-use crate::membership::quorum_lsn;
+use crate::membership::{held_lsn, holds_quorum};
 use durovfs_wire::peer::{PrimaryMessage, Promise, RejectReason, ReplicaMessage};
-use durovfs_wire::{Epoch, Lsn, NodeName};
+use durovfs_wire::{Epoch, LogPosition, Lsn, NodeName, ReplicaId};
 
 impl Primary {
     /// A replica is connected, or connected anew: it is asked for its promise, and fed when it gave
-    /// it. Nodes outside the membership are ignored.
+    /// it. Nodes that are not talked to are ignored.
     pub fn handle_connected(&mut self, node: &NodeName) {
         if let Some(state) = self.nodes.get_mut(node) {
             state.connected = true;
@@ -93,7 +93,8 @@ impl Primary {
         message: &ReplicaMessage,
     ) -> Result<(), ProtocolViolation> {
         if !self.nodes.contains_key(node) {
-            return Err(ProtocolViolation::Node(node.clone()));
+            // Its replica was replaced a moment ago.
+            return Ok(());
         }
         let database = match message {
             ReplicaMessage::Promised(promise) => promise.database,
@@ -120,9 +121,10 @@ impl Primary {
             ReplicaMessage::Ack {
                 epoch,
                 generation,
+                replica,
                 flush_lsn,
                 ..
-            } => self.handle_ack(node, *epoch, *generation, *flush_lsn),
+            } => self.handle_ack(node, (*epoch, *generation), *replica, *flush_lsn),
             ReplicaMessage::Rejected { epoch, reason, .. } => {
                 self.handle_rejected(node, *epoch, reason);
                 Ok(())
@@ -141,12 +143,6 @@ impl Primary {
             return Ok(());
         }
         check_promise(promise)?;
-        if promise.generation != self.membership.generation {
-            return Err(ProtocolViolation::malformed(format!(
-                "node={node} promised epoch={} for generation={}, asked for generation={}",
-                promise.epoch, promise.generation, self.membership.generation
-            )));
-        }
         // An entry of this epoch on the replica's disk came from here, so the log matches up to it.
         let holds_current = promise.last.epoch == self.epoch;
         if holds_current && promise.last.lsn > self.last.lsn {
@@ -155,10 +151,13 @@ impl Primary {
                 promise.last, self.last
             )));
         }
+        self.check_memory(node, promise)?;
         let Some(state) = self.nodes.get_mut(node) else {
             return Ok(());
         };
         state.standing = Standing::Promised;
+        state.replica = Some(promise.replica);
+        state.forgot = false;
         state.promise = Some(promise.clone());
         state.flush_lsn = if holds_current {
             promise.last.lsn
@@ -176,11 +175,41 @@ impl Primary {
         Ok(())
     }
 
+    /// A replica that has less than it acked in this epoch lost synced writes: an old copy of its
+    /// disk was put back, or the disk lies. It is left alone.
+    fn check_memory(
+        &mut self,
+        node: &NodeName,
+        promise: &Promise,
+    ) -> Result<(), ProtocolViolation> {
+        let (Stage::Starting { start, .. } | Stage::Leading { start }) = self.stage else {
+            return Ok(());
+        };
+        let Some(state) = self.nodes.get_mut(node) else {
+            return Ok(());
+        };
+        let acked_lsn = state.flush_lsn;
+        if promise.mending
+            || state.replica != Some(promise.replica)
+            || acked_lsn < start.lsn
+            || promise.last >= LogPosition::new(start.epoch, acked_lsn)
+        {
+            return Ok(());
+        }
+        state.standing = Standing::Troubled;
+        state.forgot = true;
+        Err(ProtocolViolation::malformed(format!(
+            "node={node} acked lsn={acked_lsn} in epoch={} and now ends at {}: it lost what it had \
+             synced",
+            start.epoch, promise.last
+        )))
+    }
+
     fn handle_ack(
         &mut self,
         node: &NodeName,
-        epoch: Epoch,
-        generation: u32,
+        (epoch, generation): (Epoch, u32),
+        replica: ReplicaId,
         flush_lsn: Lsn,
     ) -> Result<(), ProtocolViolation> {
         // Only the current epoch is counted: an ack of an older one may be for an entry that was
@@ -193,7 +222,7 @@ impl Primary {
         let Some(state) = self
             .nodes
             .get_mut(node)
-            .filter(|n| n.standing == Standing::Promised)
+            .filter(|n| n.standing == Standing::Promised && n.replica == Some(replica))
         else {
             return Ok(());
         };
@@ -219,8 +248,7 @@ impl Primary {
             | Stage::Leading { start } => start,
             _ => return,
         };
-        let flush_lsns = self.nodes.values().map(|node| node.flush_lsn);
-        let held_lsn = quorum_lsn(flush_lsns, self.membership.ack_quorum);
+        let held_lsn = held_lsn(&self.membership, |member| self.member_flush_lsn(member));
         // Entries of older epochs are never counted directly: three disks may hold one, and a
         // primary elected by a longer log of a newer epoch would still cut it.
         if held_lsn < start.lsn {
@@ -254,22 +282,20 @@ impl Primary {
         if epoch != self.epoch || matches!(self.stage, Stage::Idle | Stage::Fenced { .. }) {
             return;
         }
+        let is_member = self.is_member(node);
         let Some(state) = self.nodes.get_mut(node) else {
             return;
         };
         let had_promised = state.standing == Standing::Promised;
         match reason {
             RejectReason::Fenced { promised } | RejectReason::TakenOver { promised, .. }
-                if had_promised && *promised > self.epoch =>
+                if had_promised && is_member && *promised > self.epoch =>
             {
                 // It was ours: somebody is taking over.
                 self.fence(*promised);
             }
             RejectReason::Alive { .. } if !had_promised => self.refused(node, self.epoch),
             RejectReason::Fenced { promised } if !had_promised => self.refused(node, *promised),
-            RejectReason::Generation { current } if *current > self.membership.generation => {
-                self.refused(node, self.epoch);
-            }
             RejectReason::Storage { .. } => {
                 if std::mem::take(&mut state.feeding) {
                     self.effects
@@ -301,17 +327,13 @@ impl Primary {
             state.standing = Standing::Refused(promised);
             state.promise = None;
         }
-        let refusals: Vec<Epoch> = self
-            .nodes
-            .values()
-            .filter_map(|node| match node.standing {
-                Standing::Refused(promised) => Some(promised),
-                Standing::Asked | Standing::Promised | Standing::Troubled => None,
-            })
-            .collect();
-        if refusals.len() > self.membership.spare_count()
-            && let Some(by) = refusals.into_iter().max()
-        {
+        let refusal = |node: &NodeName| match self.nodes.get(node)?.standing {
+            Standing::Refused(promised) => Some(promised),
+            Standing::Asked | Standing::Promised | Standing::Troubled => None,
+        };
+        let may_win = holds_quorum(&self.membership, |m| refusal(&m.node).is_none());
+        let nodes = self.membership.nodes();
+        if !may_win && let Some(by) = nodes.into_iter().filter_map(refusal).max() {
             self.fence(by);
         }
     }
@@ -358,6 +380,14 @@ impl Primary {
             self.effects
                 .push_back(PrimaryEffect::Send { node, message });
         }
+        let members = PrimaryMessage::Members {
+            database: self.database,
+            membership: self.membership.clone(),
+        };
+        self.effects.push_back(PrimaryEffect::Send {
+            node: node.clone(),
+            message: members,
+        });
         self.effects.push_back(PrimaryEffect::Feed {
             node: node.clone(),
             next_lsn: previous.lsn.next(),
@@ -394,6 +424,10 @@ fn check_promise(promise: &Promise) -> Result<(), ProtocolViolation> {
     let reaches_back_to = promise.archive_lsn.max(Lsn::new(1)).min(promise.last.lsn);
     if history.position_at(reaches_back_to).is_none() {
         return refuse("its history does not reach back to the archive");
+    }
+    let told = promise.membership.as_ref();
+    if told.is_some_and(|membership| membership.epoch > promise.epoch) {
+        return refuse("it was told a membership of an epoch that it has not promised");
     }
     if promise.last.epoch > promise.epoch || promise.previous_promise > promise.epoch {
         return refuse("it is for an epoch below the log's end");

@@ -1,7 +1,7 @@
 //! The choice of the log when a quorum has promised: the donor's, or, in a burial, the own one up
 //! to what is committed. Ends with the epoch start; what replicas are sent is in `feed.rs`.
 
-use super::{Primary, PrimaryEffect, Stage};
+use super::{Node, Primary, PrimaryEffect, Stage};
 use durovfs_wire::peer::Promise;
 use durovfs_wire::{Epoch, EpochRun, LogPosition, Lsn, NodeName};
 
@@ -47,17 +47,21 @@ impl Primary {
 
     /// With a quorum of promises, decides which log is the log. Called while claiming.
     pub(super) fn choose_log(&mut self) {
+        self.learn_membership();
+        if !self.has_quorum_of_promises() {
+            return;
+        }
+        if self.membership.epoch >= self.epoch {
+            // Heard from elsewhere: somebody has won a later epoch than the one claimed.
+            self.fence(self.membership.epoch);
+            return;
+        }
         let counted: Vec<(&NodeName, &Promise)> = self
             .nodes
             .iter()
-            .filter(|(_, node)| !node.excluded)
+            .filter(|(name, node)| self.is_counted_promise(name, node))
             .filter_map(|(name, node)| node.promise.as_ref().map(|promise| (name, promise)))
-            // It may have acked what it does not tell: an entry that three hold could be missed.
-            .filter(|(_, promise)| !promise.mending)
             .collect();
-        if counted.len() < self.membership.ack_quorum {
-            return;
-        }
         if let Some(bury) = self.bury {
             // Another claimant with a quorum shares a replica with this one; that replica would
             // have promised the other epoch in between and would say so.
@@ -165,7 +169,9 @@ impl Primary {
             self.history.runs()
         );
         // A replica knows an entry to be committed only from a primary that was told by a quorum.
-        let promises = self.nodes.values().filter_map(|node| node.promise.as_ref());
+        let counted = |(name, node): &(&NodeName, &Node)| self.is_counted_promise(name, node);
+        let nodes = self.nodes.iter().filter(counted);
+        let promises = nodes.filter_map(|(_, node)| node.promise.as_ref());
         let (commit_lsn, archive_lsn) = promises
             .chain([promise])
             .map(|promise| (promise.commit_lsn, promise.archive_lsn))
@@ -178,6 +184,7 @@ impl Primary {
     }
 
     fn append_epoch_start(&mut self) {
+        self.decide_membership(self.last);
         assert!(
             self.last.epoch < self.epoch,
             "epoch={} was not claimed above the log's end, {}",

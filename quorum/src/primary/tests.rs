@@ -1,7 +1,10 @@
 //! Rules of the primary, one by one.
 
+mod change;
+
 use super::*;
 use crate::error::ProtocolViolation;
+use durovfs_wire::Member;
 use durovfs_wire::peer::{RejectReason, ReplicaMessage};
 
 const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
@@ -31,18 +34,52 @@ fn runs(runs: &[(u32, u64)]) -> Vec<EpochRun> {
         .collect()
 }
 
+/// Which replica a node has, unless its journal was lost.
+fn replica(name: &str) -> ReplicaId {
+    ReplicaId::from_bytes([name.as_bytes()[0]; 16])
+}
+
+fn member(name: &str) -> Member {
+    Member {
+        node: node(name),
+        address: String::new(),
+        replica: Some(replica(name)),
+    }
+}
+
+/// Of known replicas, decided on before the first epoch of the test.
+fn membership(names: &[&str]) -> Membership {
+    let members = names.iter().map(|name| member(name)).collect();
+    Membership::configured(members, 3).unwrap()
+}
+
 /// A primary with all five connected, and its effects so far dropped.
 fn primary(local: LocalLog) -> Primary {
-    let nodes = NAMES.iter().map(|name| node(name)).collect();
-    let membership = Membership::new(1, nodes, 3).unwrap();
-    let mut primary = Primary::new(database(), "db".to_owned(), membership, local);
+    let mut primary = Primary::new(database(), "db".to_owned(), membership(&NAMES), local);
     for name in NAMES {
         primary.handle_connected(&node(name));
     }
     primary
 }
 
+/// All but those that tell or note the membership: each epoch and each feed has them.
 fn effects(primary: &mut Primary) -> Vec<PrimaryEffect> {
+    all_effects(primary)
+        .into_iter()
+        .filter(|effect| {
+            !matches!(
+                effect,
+                PrimaryEffect::NoteMembership { .. }
+                    | PrimaryEffect::Send {
+                        message: PrimaryMessage::Members { .. },
+                        ..
+                    }
+            )
+        })
+        .collect()
+}
+
+fn all_effects(primary: &mut Primary) -> Vec<PrimaryEffect> {
     std::iter::from_fn(|| primary.poll_effect()).collect()
 }
 
@@ -52,7 +89,9 @@ fn promise(primary: &Primary, previous: u32, history: &[(u32, u64)], last: u64) 
     let log = History::from_runs(&history).unwrap();
     Promise {
         database: database(),
-        generation: 1,
+        // `send` says which.
+        replica: replica("?"),
+        membership: None,
         epoch: primary.epoch(),
         claimant: primary.claimant.unwrap(),
         previous_promise: Epoch::new(previous),
@@ -66,6 +105,10 @@ fn promise(primary: &Primary, previous: u32, history: &[(u32, u64)], last: u64) 
 }
 
 fn send(primary: &mut Primary, name: &str, promise: Promise) {
+    let promise = Promise {
+        replica: replica(name),
+        ..promise
+    };
     primary
         .handle_message(&node(name), &ReplicaMessage::Promised(promise))
         .unwrap();
@@ -84,7 +127,8 @@ fn try_ack(
     let message = ReplicaMessage::Ack {
         database: database(),
         epoch: Epoch::new(epoch),
-        generation: 1,
+        generation: primary.membership().generation,
+        replica: replica(name),
         flush_lsn: Lsn::new(flush_lsn),
     };
     primary.handle_message(&node(name), &message)
@@ -190,7 +234,7 @@ fn the_third_ack_of_the_current_epoch_commits() {
         try_ack(&mut primary, "a", 1, 3).is_err(),
         "acks what was never sent"
     );
-    assert!(try_ack(&mut primary, "nobody", 1, 2).is_err());
+    ack(&mut primary, "nobody", 1, 2);
 }
 
 // If this failed, a takeover would lose the newest commits, or keep a tail that nobody else has.
@@ -453,12 +497,7 @@ fn refusals_fence_only_when_no_quorum_is_left() {
         reject(&mut primary, name, 9, fenced(9));
         assert_eq!(primary.state(), PrimaryState::Claiming);
     }
-    reject(
-        &mut primary,
-        "c",
-        9,
-        RejectReason::Generation { current: 2 },
-    );
+    reject(&mut primary, "c", 9, fenced(9));
     assert_eq!(primary.state(), PrimaryState::Fenced { by: Epoch::new(9) });
 }
 
@@ -577,7 +616,11 @@ fn promises_that_contradict_themselves_are_violations() {
         |promise| promise.archive_lsn = Lsn::new(1),
         |promise| promise.history.reverse(),
         |promise| promise.history.clear(),
-        |promise| promise.generation = 2,
+        |promise| {
+            let mut told = membership(&NAMES);
+            told.epoch = promise.epoch.next();
+            promise.membership = Some(told);
+        },
         |promise| {
             promise.history.remove(0);
         },

@@ -50,9 +50,11 @@ impl Replica {
             };
             return Ok(AppendVerdict::Reject(reason));
         }
-        if generation != self.generation {
+        // Also when the membership was not told yet: once an entry is acked, the disk must say who
+        // votes in its epoch.
+        if generation == 0 || generation != self.generation() {
             let reason = RejectReason::Generation {
-                current: self.generation,
+                current: self.generation(),
             };
             return Ok(AppendVerdict::Reject(reason));
         }

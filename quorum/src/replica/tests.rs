@@ -1,7 +1,7 @@
 //! Rules of the replica, one by one.
 
 use super::*;
-use durovfs_wire::{PageSize, PartHeader, PartKind, Timestamp};
+use durovfs_wire::{Member, PageSize, PartHeader, PartKind, Timestamp};
 
 fn database() -> DatabaseId {
     DatabaseId::from_bytes([7; 16])
@@ -23,7 +23,6 @@ fn claim(epoch: u32, number: u8) -> Claim {
     Claim {
         database: database(),
         name: "db".to_owned(),
-        generation: 1,
         epoch: Epoch::new(epoch),
         claimant: claimant(number),
         forced: false,
@@ -38,8 +37,9 @@ fn effects(replica: &mut Replica) -> Vec<ReplicaEffect> {
 fn sent(replica: &mut Replica) -> Vec<ReplicaMessage> {
     effects(replica)
         .into_iter()
-        .map(|effect| match effect {
-            ReplicaEffect::Send { message, .. } => message,
+        .filter_map(|effect| match effect {
+            ReplicaEffect::Send { message, .. } => Some(message),
+            ReplicaEffect::PersistMembership { .. } => None,
             ReplicaEffect::PersistPromise { .. } | ReplicaEffect::PersistMended => {
                 panic!("{effect:?}")
             }
@@ -47,7 +47,24 @@ fn sent(replica: &mut Replica) -> Vec<ReplicaMessage> {
         .collect()
 }
 
-/// Claims the epoch, persists, and gives the promise that was sent.
+fn replica_id() -> ReplicaId {
+    ReplicaId::from_bytes([9; 16])
+}
+
+fn membership(epoch: u32, generation: u32) -> Membership {
+    let nodes = ["a", "b", "c"].map(|name| Member {
+        node: host(name),
+        address: String::new(),
+        replica: Some(replica_id()),
+    });
+    Membership {
+        epoch: Epoch::new(epoch),
+        generation,
+        ..Membership::configured(nodes.to_vec(), 2).unwrap()
+    }
+}
+
+/// Claims the epoch, persists, tells the membership, and gives the promise that was sent.
 fn promise(replica: &mut Replica, epoch: u32) -> Promise {
     replica.handle_claim(&host("p"), &claim(epoch, epoch as u8));
     let token = match effects(replica)[..] {
@@ -55,10 +72,13 @@ fn promise(replica: &mut Replica, epoch: u32) -> Promise {
         ref other => panic!("{other:?}"),
     };
     replica.handle_promise_persisted(token);
-    match sent(replica).pop() {
+    let promise = match sent(replica).pop() {
         Some(ReplicaMessage::Promised(promise)) => promise,
         other => panic!("{other:?}"),
-    }
+    };
+    replica.handle_members(membership(epoch, 1)).unwrap();
+    assert_eq!(sent(replica), []);
+    promise
 }
 
 fn header(position: LogPosition, part: u32, last: bool) -> PartHeader {
@@ -137,7 +157,7 @@ fn gap(last: LogPosition) -> AppendVerdict {
 
 /// Promised epoch 1 and holds its entries 1 to `last`, of which one after another was synced.
 fn holding(last: u64) -> Replica {
-    let mut replica = Replica::new(database(), ReplicaState::default());
+    let mut replica = Replica::new(database(), ReplicaState::unheard_of(replica_id()));
     promise(&mut replica, 1);
     for lsn in 1..=last {
         let previous = if lsn == 1 {
@@ -234,20 +254,15 @@ fn an_epoch_is_promised_once_and_repeated_to_the_same_claimant() {
         );
     }
     replica.handle_claim(&host("p"), &claim(3, 3));
+    let again = Promise {
+        membership: Some(membership(3, 1)),
+        ..first
+    };
     assert_eq!(
         sent(&mut replica),
-        [ReplicaMessage::Promised(first)],
+        [ReplicaMessage::Promised(again)],
         "the same answer"
     );
-    let older = Claim {
-        generation: 0,
-        ..claim(4, 4)
-    };
-    replica.handle_claim(&host("q"), &older);
-    assert!(matches!(
-        sent(&mut replica)[..],
-        [ReplicaMessage::Rejected { .. }]
-    ));
 }
 
 // If this failed, a burial would rest on what a restarted replica no longer knows.
@@ -256,8 +271,7 @@ fn after_a_restart_the_promise_before_is_told_as_unknown() {
     let persisted = ReplicaState {
         promised: Epoch::new(3),
         claimant: Some(claimant(3)),
-        generation: 1,
-        ..ReplicaState::default()
+        ..ReplicaState::unheard_of(replica_id())
     };
     let mut replica = Replica::new(database(), persisted);
     replica.handle_claim(&host("p"), &claim(3, 3));
@@ -483,11 +497,10 @@ fn a_replica_jumps_forward_only_to_what_is_archived() {
     let persisted = ReplicaState {
         promised: Epoch::new(4),
         claimant: Some(claimant(4)),
-        generation: 1,
         last: at(2, 61),
         first_lsn: Lsn::new(61),
         history: replica.history().runs().to_vec(),
-        ..ReplicaState::default()
+        ..ReplicaState::unheard_of(replica_id())
     };
     let replica = Replica::new(database(), persisted);
     assert_eq!(
@@ -540,8 +553,7 @@ fn after_a_restart_no_entry_is_taken_before_a_claim() {
     let persisted = ReplicaState {
         promised: Epoch::new(1),
         claimant: Some(claimant(1)),
-        generation: 1,
-        ..ReplicaState::default()
+        ..ReplicaState::unheard_of(replica_id())
     };
     let mut replica = Replica::new(database(), persisted);
     assert_eq!(
@@ -549,6 +561,7 @@ fn after_a_restart_no_entry_is_taken_before_a_claim() {
         fenced(1)
     );
     replica.handle_claim(&host("p"), &claim(1, 1));
+    replica.handle_members(membership(1, 1)).unwrap();
     assert_eq!(
         append(&mut replica, (1, 0, 0), LogPosition::ZERO, at(1, 1)),
         write()
@@ -568,11 +581,10 @@ fn a_full_history_takes_no_further_epoch_until_the_archive_moves() {
     let last = at(limit as u32, limit);
     let persisted = ReplicaState {
         promised: last.epoch,
-        generation: 1,
         last,
         first_lsn: Lsn::new(1),
         history,
-        ..ReplicaState::default()
+        ..ReplicaState::unheard_of(replica_id())
     };
     let mut replica = Replica::new(database(), persisted);
     let epoch = limit as u32 + 1;
@@ -608,7 +620,6 @@ fn damaged() -> Replica {
     let persisted = ReplicaState {
         promised: Epoch::new(1),
         claimant: Some(claimant(1)),
-        generation: 1,
         last: at(1, 3),
         first_lsn: Lsn::new(1),
         history: vec![EpochRun {
@@ -616,7 +627,7 @@ fn damaged() -> Replica {
             first_lsn: Lsn::new(1),
         }],
         mending: true,
-        ..ReplicaState::default()
+        ..ReplicaState::unheard_of(replica_id())
     };
     Replica::new(database(), persisted)
 }

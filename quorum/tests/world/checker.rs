@@ -1,8 +1,9 @@
 //! What must hold over all nodes at once, each check with the sentence that it proves.
 
+use super::Fault;
 use super::disk::{Disk, Entry, Log, Record};
 use durovfs_quorum::Replica;
-use durovfs_wire::{LogPosition, Lsn};
+use durovfs_wire::{Epoch, LogPosition, Lsn, Member, Membership};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What was ever told to be committed, archived or buried.
@@ -11,6 +12,43 @@ pub struct Checker {
     pub committed: BTreeMap<Lsn, Entry>,
     pub archive_lsn: Lsn,
     pub buried: BTreeSet<(LogPosition, u64)>,
+}
+
+/// Which disks have a vote by one membership, a bit each, for every set.
+struct Votes {
+    epoch: Epoch,
+    quorum: u32,
+    sets: Vec<u32>,
+}
+
+impl Votes {
+    fn of(membership: &Membership, disks: &[&Disk], fault: Fault) -> Self {
+        let bits = |set: &[Member]| {
+            let bit = |member: &Member| {
+                let index = super::index_of(&member.node);
+                let disk = disks[index];
+                // Those that are mending do not vote.
+                let votes = !disk.mending || fault == Fault::DamagedVotes;
+                u32::from(votes && member.replica == Some(disk.replica)) << index
+            };
+            set.iter().map(bit).sum()
+        };
+        Self {
+            epoch: membership.epoch,
+            quorum: membership.ack_quorum as u32,
+            sets: membership.sets().map(bits).collect(),
+        }
+    }
+
+    fn hold_quorum(&self, chosen: u32) -> bool {
+        self.sets
+            .iter()
+            .all(|set| (set & chosen).count_ones() >= self.quorum)
+    }
+
+    fn members(&self) -> u32 {
+        self.sets.iter().fold(0, |all, set| all | set)
+    }
 }
 
 impl Checker {
@@ -60,18 +98,33 @@ impl Checker {
         self.archive_lsn = self.archive_lsn.max(lsn);
     }
 
-    /// Whichever three disks survive, the log that recovery would choose from them has every
-    /// committed entry.
-    pub fn check_nothing_lost(&self, disks: &[&Disk]) {
-        for a in 0..disks.len() {
-            for b in a + 1..disks.len() {
-                for c in b + 1..disks.len() {
-                    let three = [disks[a], disks[b], disks[c]];
-                    if let Some(donor) = three.into_iter().max_by_key(|disk| disk.log.last()) {
-                        self.check_has_all(&donor.log, &format!("disks {a} {b} {c}"));
-                    }
-                }
+    /// Whichever disks survive, if recovery accepts them as a quorum, the log that it would choose
+    /// from them has every committed entry.
+    pub fn check_nothing_lost(&self, disks: &[&Disk], configured: &Membership, fault: Fault) {
+        let votes_of = |disk: &&Disk| {
+            let membership = disk.membership.as_ref().unwrap_or(configured);
+            Votes::of(membership, disks, fault)
+        };
+        let votes: Vec<Votes> = disks.iter().map(votes_of).collect();
+        let mut donors = BTreeMap::new();
+        for chosen in 1..1u32 << disks.len() {
+            let heard = || (0..disks.len()).filter(move |index| chosen >> index & 1 == 1);
+            let newest = heard().max_by_key(|index| votes[*index].epoch);
+            let Some(votes) = newest.map(|index| &votes[index]) else {
+                continue;
+            };
+            if !votes.hold_quorum(chosen) {
+                continue;
             }
+            let donor = heard()
+                .filter(|index| votes.members() >> index & 1 == 1)
+                .max_by_key(|index| disks[*index].log.last());
+            if let Some(donor) = donor {
+                donors.entry(donor).or_insert(chosen);
+            }
+        }
+        for (donor, chosen) in donors {
+            self.check_has_all(&disks[donor].log, &format!("disks {chosen:#b}"));
         }
     }
 

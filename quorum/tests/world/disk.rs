@@ -1,7 +1,7 @@
 //! The fake journals: a log of entries, and a replica's disk that loses what was not synced.
 
 use durovfs_quorum::ReplicaState;
-use durovfs_wire::{ClaimantId, Epoch, EpochRun, LogPosition, Lsn};
+use durovfs_wire::{ClaimantId, Epoch, EpochRun, LogPosition, Lsn, Membership, ReplicaId};
 use std::collections::{BTreeMap, VecDeque};
 
 /// An entry, with a value that only one entry of the world has.
@@ -81,14 +81,14 @@ impl Log {
 }
 
 /// A record on its way to a replica's disk.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub enum Record {
     Promise {
         token: u64,
         epoch: Epoch,
         claimant: ClaimantId,
-        generation: u32,
     },
+    Membership(Membership),
     Truncate(LogPosition),
     Restart(LogPosition),
     Part {
@@ -104,12 +104,14 @@ pub enum Record {
 }
 
 /// A replica's disk: what is on it, and what was written but not synced.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Disk {
+    /// Which replica; another one after its disk was lost.
+    pub replica: ReplicaId,
     pub log: Log,
     pub promised: Epoch,
     pub claimant: Option<ClaimantId>,
-    pub generation: u32,
+    pub membership: Option<Membership>,
     pub commit_lsn: Lsn,
     pub archive_lsn: Lsn,
     /// Entries were lost to damage, or may have been.
@@ -119,11 +121,27 @@ pub struct Disk {
 }
 
 impl Disk {
+    pub fn new(replica: ReplicaId) -> Self {
+        Self {
+            replica,
+            log: Log::default(),
+            promised: Epoch::ZERO,
+            claimant: None,
+            membership: None,
+            commit_lsn: Lsn::ZERO,
+            archive_lsn: Lsn::ZERO,
+            mending: false,
+            unsynced: VecDeque::new(),
+            open: None,
+        }
+    }
+
     pub fn state(&self) -> ReplicaState {
         ReplicaState {
+            replica: self.replica,
             promised: self.promised,
             claimant: self.claimant,
-            generation: self.generation,
+            membership: self.membership.clone(),
             last: self.log.last(),
             first_lsn: self.log.first_lsn(),
             commit_lsn: self.commit_lsn,
@@ -148,12 +166,9 @@ impl Disk {
     /// Puts the oldest unsynced record on the disk. `no_truncation` is a fault: the old tail stays.
     pub fn sync_one(&mut self, no_truncation: bool) -> Option<Record> {
         let record = self.unsynced.pop_front()?;
-        match record {
+        match record.clone() {
             Record::Promise {
-                epoch,
-                claimant,
-                generation,
-                ..
+                epoch, claimant, ..
             } => {
                 assert!(
                     epoch > self.promised,
@@ -162,8 +177,8 @@ impl Disk {
                 );
                 self.promised = epoch;
                 self.claimant = Some(claimant);
-                self.generation = generation;
             }
+            Record::Membership(membership) => self.membership = Some(membership),
             Record::Truncate(_) if no_truncation => {}
             Record::Truncate(after) => self.log.truncate(after),
             Record::Restart(at) => self.log.restart(at),

@@ -1,12 +1,10 @@
 //! The driver of a primary: its journal, its feeds, its clients.
 
 use super::disk::{Entry, Log};
-use super::{
-    Fault, GENERATION, REPLICA_COUNT, ToReplica, World, database, index_of, node_name, part_header,
-};
-use durovfs_quorum::{LocalLog, Membership, Primary, PrimaryEffect, PrimaryState, quorum_lsn};
+use super::{Fault, NODE_COUNT, ToReplica, World, database, index_of, node_name, part_header};
+use durovfs_quorum::{LocalLog, Primary, PrimaryEffect, PrimaryState, quorum_lsn};
 use durovfs_wire::peer::{PrimaryMessage, ReplicaMessage};
-use durovfs_wire::{ClaimantId, Epoch, LogPosition, Lsn};
+use durovfs_wire::{ClaimantId, Epoch, LogPosition, Lsn, Membership};
 use rand::RngExt;
 use std::collections::{BTreeMap, VecDeque};
 
@@ -14,7 +12,10 @@ pub struct Host {
     pub primary: Primary,
     pub log: Log,
     pub fetch: Option<Fetch>,
-    membership: Membership,
+    /// What the configuration says, as long as the log lives.
+    pub configured: Membership,
+    /// The newest membership in the own journal.
+    pub noted: Membership,
     feeds: BTreeMap<usize, Feed>,
     /// In the journal, but the notice of it has not come yet.
     appended: VecDeque<LogPosition>,
@@ -51,7 +52,8 @@ impl Host {
             primary: Primary::new(database(), "db".to_owned(), membership.clone(), local),
             log: Log::default(),
             fetch: None,
-            membership: membership.clone(),
+            configured: membership.clone(),
+            noted: membership.clone(),
             feeds: BTreeMap::new(),
             appended: VecDeque::new(),
             commit_lsn: Lsn::ZERO,
@@ -77,7 +79,7 @@ impl Host {
     }
 
     /// The process died; some of the newest entries never reached the disk.
-    fn restart(&mut self, lost_count: usize) {
+    fn restart(&mut self, lost_count: usize, old_config: bool) {
         for _ in 0..lost_count {
             self.log.entries.pop_last();
         }
@@ -89,7 +91,10 @@ impl Host {
             history: self.log.history(),
             promised: self.log.last().epoch,
         };
-        let membership = self.membership.clone();
+        if old_config {
+            self.noted = self.configured.clone();
+        }
+        let membership = self.noted.clone();
         self.primary = Primary::new(database(), "db".to_owned(), membership, local);
         self.fetch = None;
         self.feeds.clear();
@@ -118,6 +123,9 @@ impl World {
             return;
         };
         let fault = self.fault;
+        if fault == Fault::AnyIdentity {
+            self.forge_identity(host, node, &mut message);
+        }
         let state = &mut self.hosts[host];
         if let ReplicaMessage::Promised(promise) = &mut message
             && fault == Fault::BuryUnconditionally
@@ -195,6 +203,8 @@ impl World {
                     last,
                 });
             }
+            PrimaryEffect::NodesChanged => self.connect_new_nodes(host),
+            PrimaryEffect::NoteMembership { membership } => self.note_membership(host, membership),
             PrimaryEffect::AppendEpochStart { position } => {
                 let value = self.next_value;
                 self.next_value += 1;
@@ -272,7 +282,7 @@ impl World {
             }
         } else if let Some(entry) = state.log.entries.get(&lsn).copied() {
             let message = PrimaryMessage::Append {
-                generation: GENERATION,
+                generation: state.primary.membership().generation,
                 epoch,
                 previous: feed.previous,
                 commit_lsn,
@@ -447,12 +457,14 @@ impl World {
     }
 
     pub(super) fn crash_host(&mut self, host: usize) {
-        for node in 0..REPLICA_COUNT {
+        for node in 0..NODE_COUNT {
             self.links[host][node] = super::Link::default();
         }
         let count = self.hosts[host].log.entries.len().min(6);
         let lost_count = self.pick(count + 1);
-        self.hosts[host].restart(lost_count);
+        let old_config = self.chance(30);
+        self.tally.old_configs += u64::from(old_config);
+        self.hosts[host].restart(lost_count, old_config);
         self.tally.crashes += 1;
     }
 }

@@ -1,9 +1,10 @@
-//! A small world: five replicas, two hosts that both want to be primary, links that are cut, disks
+//! A small world: five replicas and two spare nodes, two hosts that both want to be primary, links that are cut, disks
 //! that lose what was not synced. All of it is drawn from one seed.
 //!
 //! Faults that a wrong implementation would have are made here, in the drivers, disks and links;
 //! the state machines run as they are.
 
+mod change;
 pub mod checker;
 pub mod disk;
 mod host;
@@ -11,11 +12,10 @@ mod node;
 
 use checker::Checker;
 use disk::{Disk, Entry};
-use durovfs_quorum::Membership;
 use durovfs_wire::peer::{PrimaryMessage, ReplicaMessage};
 use durovfs_wire::{
-    ClaimantId, ClientId, CommitHeader, DatabaseChecksum, DatabaseId, LogPosition, Lsn, NodeName,
-    Origin, PageSize, PartHeader, PartKind, Timestamp,
+    ClaimantId, ClientId, CommitHeader, DatabaseChecksum, DatabaseId, Epoch, LogPosition, Lsn,
+    Member, Membership, NodeName, Origin, PageSize, PartHeader, PartKind, ReplicaId, Timestamp,
 };
 use host::Host;
 use node::Node;
@@ -23,9 +23,10 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::VecDeque;
 
-pub const REPLICA_COUNT: usize = 5;
+pub const NODE_COUNT: usize = 7;
+/// The first nodes have the replicas that the log begins with.
+const REPLICA_COUNT: usize = 5;
 const HOST_COUNT: usize = 2;
-const GENERATION: u32 = 1;
 const MAX_CLAIM_COUNT: usize = 4;
 
 /// What a wrong implementation would do.
@@ -48,6 +49,10 @@ pub enum Fault {
     DamagedVotes,
     /// It votes before it has again what it may have acked.
     WholeTooEarly,
+    /// A replica that lost its disk is taken for the one that it was.
+    AnyIdentity,
+    /// A replica is replaced without a phase in which both sets are asked.
+    OneStepChange,
 }
 
 /// What happened, over all seeds: a simulation in which something never happens proves nothing of
@@ -68,6 +73,10 @@ pub struct Tally {
     pub trouble: u64,
     pub damaged: u64,
     pub mended: u64,
+    pub wiped: u64,
+    pub changes_begun: u64,
+    pub changes_done: u64,
+    pub old_configs: u64,
     pub trace: u64,
 }
 
@@ -99,6 +108,8 @@ struct Link {
 pub struct World {
     rng: ChaCha8Rng,
     fault: Fault,
+    /// Whether disks are lost and replicas replaced: a world of its own, since it does less else.
+    changes: bool,
     hosts: Vec<Host>,
     nodes: Vec<Node>,
     links: Vec<Vec<Link>>,
@@ -121,6 +132,18 @@ fn host_name(index: usize) -> NodeName {
 
 fn index_of(name: &NodeName) -> usize {
     name.as_str().rsplit('-').next().unwrap().parse().unwrap()
+}
+
+fn first_replica(node: usize) -> ReplicaId {
+    ReplicaId::from_bytes([node as u8 + 1; 16])
+}
+
+fn member(node: usize, replica: ReplicaId) -> Member {
+    Member {
+        node: node_name(node),
+        address: String::new(),
+        replica: Some(replica),
+    }
 }
 
 fn part_header(entry: &Entry, part: u32) -> PartHeader {
@@ -159,20 +182,29 @@ fn part_header(entry: &Entry, part: u32) -> PartHeader {
 
 impl World {
     pub fn new(seed: u64, fault: Fault) -> Self {
-        let nodes = (0..REPLICA_COUNT).map(node_name).collect();
         let ack_quorum = if fault == Fault::QuorumOfTwo { 2 } else { 3 };
         let membership = Membership {
-            generation: GENERATION,
-            nodes,
+            epoch: Epoch::ZERO,
+            generation: 1,
+            members: (0..REPLICA_COUNT)
+                .map(|node| member(node, first_replica(node)))
+                .collect(),
             ack_quorum,
+            next: None,
         };
         Self {
             rng: ChaCha8Rng::seed_from_u64(seed),
             fault,
+            changes: match fault {
+                Fault::None => seed % 2 == 1,
+                fault => matches!(fault, Fault::AnyIdentity | Fault::OneStepChange),
+            },
             hosts: (0..HOST_COUNT).map(|_| Host::new(&membership)).collect(),
-            nodes: (0..REPLICA_COUNT).map(|_| Node::new()).collect(),
+            nodes: (0..NODE_COUNT)
+                .map(|node| Node::new(first_replica(node)))
+                .collect(),
             links: (0..HOST_COUNT)
-                .map(|_| (0..REPLICA_COUNT).map(|_| Link::default()).collect())
+                .map(|_| (0..NODE_COUNT).map(|_| Link::default()).collect())
                 .collect(),
             checker: Checker::default(),
             next_value: 1,
@@ -194,7 +226,7 @@ impl World {
 
     /// Runs with faults, then heals all and finds the log alive.
     pub fn run(&mut self, step_count: usize) {
-        for node in 0..REPLICA_COUNT {
+        for node in 0..NODE_COUNT {
             (0..HOST_COUNT).for_each(|host| self.connect(host, node));
         }
         for step in 0..step_count {
@@ -210,11 +242,9 @@ impl World {
     }
 
     fn check(&self) {
-        // Those that are mending do not vote.
-        let disks = self.nodes.iter().map(|node| &node.disk);
-        let votes = |disk: &&Disk| !disk.mending || self.fault == Fault::DamagedVotes;
-        let disks: Vec<&Disk> = disks.filter(votes).collect();
-        self.checker.check_nothing_lost(&disks);
+        let disks: Vec<&Disk> = self.nodes.iter().map(|node| &node.disk).collect();
+        self.checker
+            .check_nothing_lost(&disks, &self.hosts[0].configured, self.fault);
         for node in &self.nodes {
             if let Some(replica) = &node.replica {
                 self.checker.check_replica(&node.disk, replica);
@@ -223,8 +253,10 @@ impl World {
     }
 
     fn step(&mut self) {
-        let (host, node) = (self.pick(HOST_COUNT), self.pick(REPLICA_COUNT));
-        match self.rng.random_range(0..1000) {
+        let host = self.pick(HOST_COUNT);
+        let node = self.pick_node(host);
+        let range = if self.changes { 1070 } else { 1000 };
+        match self.rng.random_range(0..range) {
             0..230 => self.some_times(|world| world.deliver_to_replica(host, node)),
             230..400 => self.some_times(|world| world.deliver_to_host(host, node)),
             400..540 => self.sync(node),
@@ -244,7 +276,25 @@ impl World {
             990..995 => self.drop_entries(host, node),
             995..996 => self.trouble(node),
             996..997 => self.damage(node),
+            1000..1020 => self.want_replacement(host),
+            1020..1060 => self.change(host),
+            1060..1063 => self.wipe(node),
+            1063..1067 => self.crash_host(host),
             _ => self.restart_feed(host, node),
+        }
+    }
+
+    /// Mostly one that the host talks to: the spare ones have little to say.
+    fn pick_node(&mut self, host: usize) -> usize {
+        if !self.changes {
+            return self.pick(REPLICA_COUNT);
+        }
+        let node = self.pick(NODE_COUNT);
+        let progress = self.hosts[host].primary.node_progress(&node_name(node));
+        if progress.is_some() || self.chance(30) {
+            node
+        } else {
+            self.pick(NODE_COUNT)
         }
     }
 
@@ -278,12 +328,13 @@ impl World {
     /// All nodes and links come back and nothing fails any more: one host must open the log,
     /// commit, and bring all five level.
     fn heal(&mut self) {
-        for node in 0..REPLICA_COUNT {
+        for node in 0..NODE_COUNT {
             self.start_replica(node);
             self.disconnect(1, node);
             self.disconnect(0, node);
             self.connect(0, node);
         }
+        self.tell_membership(0);
         // A refusal tells a higher epoch, so that few attempts are enough.
         for _ in 0..MAX_CLAIM_COUNT {
             self.claim(0);
@@ -294,6 +345,7 @@ impl World {
                 break;
             }
         }
+        self.finish_changes(0);
         let committed_before = self.checker.committed.len();
         self.client_commit(0);
         self.settle();
@@ -303,7 +355,11 @@ impl World {
             self.hosts[0].primary.state(),
             self.hosts[0].primary.progress().collect::<Vec<_>>()
         );
-        for node in &self.nodes {
+        let membership = self.hosts[0].primary.membership().clone();
+        assert_eq!(membership.next, None, "a change does not end");
+        for member in &membership.members {
+            let node = &self.nodes[index_of(&member.node)];
+            assert_eq!(member.replica, Some(node.disk.replica), "not brought in");
             assert_eq!(
                 node.disk.log.last(),
                 self.hosts[0].log.last(),
@@ -318,7 +374,7 @@ impl World {
 
     fn settle(&mut self) {
         for _ in 0..60 {
-            for node in 0..REPLICA_COUNT {
+            for node in 0..NODE_COUNT {
                 for _ in 0..4 {
                     self.pump(0, node);
                     self.deliver(0, node);

@@ -3,8 +3,8 @@
 use super::disk::{Disk, Record};
 use super::{Fault, HOST_COUNT, ToReplica, World, database, host_name, index_of};
 use durovfs_quorum::{AppendVerdict, Replica, ReplicaEffect};
-use durovfs_wire::Lsn;
 use durovfs_wire::peer::{PrimaryMessage, RejectReason, ReplicaMessage};
+use durovfs_wire::{Lsn, ReplicaId};
 
 pub struct Node {
     pub disk: Disk,
@@ -12,8 +12,8 @@ pub struct Node {
 }
 
 impl Node {
-    pub fn new() -> Self {
-        let disk = Disk::default();
+    pub fn new(replica: ReplicaId) -> Self {
+        let disk = Disk::new(replica);
         let replica = Some(Replica::new(database(), disk.state()));
         Self { disk, replica }
     }
@@ -115,6 +115,9 @@ impl World {
                 let lsn = if too_early { Lsn::ZERO } else { lsn };
                 replica.handle_mend(epoch, lsn);
             }
+            PrimaryMessage::Members { membership, .. } => {
+                replica.handle_members(membership).unwrap();
+            }
             other => panic!("{other:?}"),
         }
         self.drive_replica(node);
@@ -131,7 +134,6 @@ impl World {
                     token,
                     epoch,
                     claimant,
-                    generation,
                     ..
                 } => {
                     if self.fault == Fault::PromiseNotPersisted {
@@ -144,12 +146,15 @@ impl World {
                         token,
                         epoch,
                         claimant,
-                        generation,
                     };
                     self.nodes[node].disk.unsynced.push_back(record);
                 }
                 ReplicaEffect::PersistMended => {
                     self.nodes[node].disk.unsynced.push_back(Record::Mended);
+                }
+                ReplicaEffect::PersistMembership { membership } => {
+                    let record = Record::Membership(membership);
+                    self.nodes[node].disk.unsynced.push_back(record);
                 }
                 ReplicaEffect::Send { node: to, message } => {
                     self.check_sent(node, &message);
@@ -242,7 +247,10 @@ impl World {
                     replica.handle_part_persisted(entry.position, under, complete);
                 }
                 Record::Mended => self.tally.mended += 1,
-                Record::Truncate(_) | Record::Restart(_) | Record::Progress { .. } => {}
+                Record::Membership(_)
+                | Record::Truncate(_)
+                | Record::Restart(_)
+                | Record::Progress { .. } => {}
             }
         }
         self.drive_replica(node);
@@ -286,8 +294,7 @@ impl World {
     /// The end of a replica's log goes bad, found at its next start or while it runs. At most two
     /// at a time: with three, those that are left could not tell where the log ends.
     pub(super) fn damage(&mut self, node: usize) {
-        let damaged = |node: &&Node| node.disk.mending;
-        if self.nodes.iter().filter(damaged).count() >= 2 {
+        if !self.may_lose(node) {
             return;
         }
         if self.chance(50) {

@@ -6,7 +6,7 @@ use super::{EXIT_FAILED, Failure};
 use crate::config::ClientConfig;
 use bytes::Bytes;
 use durovfs_link::{Endpoint, FrameReceiver, FrameSender, Identity, Profile};
-use durovfs_wire::client::{ClientMessage, FailureKind, SidecarMessage};
+use durovfs_wire::client::{ClientMessage, FailureKind, ReplaceState, SidecarMessage};
 use durovfs_wire::status::{DatabaseStatus, NodeStatus};
 use durovfs_wire::{ClientId, DatabaseId, Frame, LogPosition, NodeName};
 use std::time::Duration;
@@ -208,6 +208,30 @@ impl Asker {
                 kind: FailureKind::UnknownDatabase,
                 ..
             } => Ok(None),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// Begins a replacement, or asks how far it is; or why it cannot be done.
+    ///
+    /// # Errors
+    /// When no answer comes in time.
+    pub async fn replace(
+        &mut self,
+        name: &str,
+        old: &NodeName,
+        new: &NodeName,
+    ) -> Result<Result<ReplaceState, (FailureKind, String)>, Failure> {
+        self.requests += 1;
+        let question = ClientMessage::Replace {
+            request: self.requests,
+            name: name.to_owned(),
+            old: old.clone(),
+            new: new.clone(),
+        };
+        match self.ask(&question).await? {
+            SidecarMessage::Replacing { state, .. } => Ok(Ok(state)),
+            SidecarMessage::Failed { kind, message, .. } => Ok(Err((kind, message))),
             other => Err(self.unexpected(&other)),
         }
     }

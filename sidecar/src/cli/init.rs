@@ -7,6 +7,7 @@ use crate::config::{
     DEFAULT_ORPHAN_AFTER, DEFAULT_SCRUB_INTERVAL, DEFAULT_SEGMENT_BYTES, JournalConfig,
     SidecarConfig, parse_archive_url,
 };
+use anyhow::Context;
 use clap::Args;
 use durovfs_link::authority::CA_KEY_FILE;
 use durovfs_wire::NodeName;
@@ -20,11 +21,19 @@ use std::path::{Path, PathBuf};
 /// unless --replica names them. Copy DIR/nodes/NAME to each machine and run there
 /// `durovfs sidecar --config NAME/sidecar.toml`; copy DIR/client.toml, ca.pem, client.pem and
 /// client-key.pem to the application's host. Keep ca-key.pem in a safe place.
+///
+/// With --add the nodes are added to the cluster that DIR holds (its ca-key.pem is needed): each
+/// gets its directory, and the configurations in DIR learn where it is. Copy their `[[nodes]]`
+/// entries to the machines whose databases are to use it; a running sidecar reads them when
+/// `durovfs replace` names the node.
 #[derive(Args)]
 pub struct InitArgs {
-    /// Where the files go; must not hold a cluster yet.
+    /// Where the files go; must not hold a cluster yet, unless --add is given.
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
+    /// Add the nodes to the cluster in DIR.
+    #[arg(long, conflicts_with = "replicas", conflicts_with = "archive")]
+    add: bool,
     /// A node and where the others reach it (UDP); repeat for each.
     #[arg(long = "node", value_name = "NAME=HOST:PORT", required = true, value_parser = parse_node)]
     nodes: Vec<(NodeName, String)>,
@@ -57,6 +66,9 @@ fn port_of(address: &str) -> Option<u16> {
 /// # Errors
 /// When the directory holds a cluster already, or a name is used twice or not a node's.
 pub fn run(args: InitArgs) -> Result<(), Failure> {
+    if args.add {
+        return add_nodes(&args);
+    }
     let configs = plan(&args)?;
     let authority_key = args.dir.join(CA_KEY_FILE);
     if authority_key.exists() || layout::client_file(&args.dir).exists() {
@@ -84,6 +96,48 @@ pub fn run(args: InitArgs) -> Result<(), Failure> {
     }
     println!("  applications: copy {directory}/{{client.toml,ca.pem,client.pem,client-key.pem}},");
     println!("    then set DUROVFS_CONFIG to that client.toml and load libdurovfs");
+    Ok(())
+}
+
+/// Adds nodes to a cluster that is there.
+fn add_nodes(args: &InitArgs) -> Result<(), Failure> {
+    let directory = std::path::absolute(&args.dir).context("find the directory")?;
+    let known = layout::sidecar_files(&directory)?;
+    let Some(like) = known.first() else {
+        let message = format!("init: {} holds no cluster", directory.display());
+        return Err(Failure::new(super::EXIT_FAILED, message));
+    };
+    let like = SidecarConfig::load(like)?;
+    let mut nodes = like.nodes.clone();
+    for (name, address) in &args.nodes {
+        if nodes.insert(name.clone(), address.clone()).is_some() {
+            let message = format!("init: node {name} is there already, or given twice");
+            return Err(Failure::new(EXIT_USAGE, message));
+        }
+    }
+    let config = |(name, address): &(NodeName, String)| SidecarConfig {
+        file: layout::sidecar_file(&directory, name),
+        node: name.clone(),
+        listen: listen_address(address),
+        data: layout::node_directory(&directory, name).join("data"),
+        tls: layout::node_tls(&directory, name),
+        nodes: nodes.clone(),
+        ..like.clone()
+    };
+    let configs: Vec<SidecarConfig> = args.nodes.iter().map(config).collect();
+    layout::add_nodes(&directory, &configs)?;
+    for file in known {
+        layout::append_nodes(&file, &args.nodes)?;
+    }
+    for config in &configs {
+        let name = &config.node;
+        println!(
+            "{name}: copy {}/nodes/{name}, then run there:",
+            args.dir.display()
+        );
+        println!("  durovfs sidecar --config {name}/sidecar.toml");
+        println!("give it a replica with: durovfs replace DB OLD {name}");
+    }
     Ok(())
 }
 
@@ -143,6 +197,7 @@ pub fn node_config(
     archive: &Option<String>,
 ) -> SidecarConfig {
     SidecarConfig {
+        file: layout::sidecar_file(directory, node),
         node: node.clone(),
         listen,
         data: layout::node_directory(directory, node).join("data"),
@@ -172,6 +227,7 @@ mod tests {
     fn args(directory: &Path, nodes: &[&str], replicas: &[&str]) -> InitArgs {
         InitArgs {
             dir: directory.join("cluster"),
+            add: false,
             nodes: nodes.iter().map(|node| parse_node(node).unwrap()).collect(),
             replicas: replicas.iter().map(|name| name.parse().unwrap()).collect(),
             archive: Some("file:///archive".to_owned()),

@@ -9,7 +9,7 @@
 
 use crate::config::{ArchiveConfig, SidecarConfig, TlsPaths};
 use anyhow::Context;
-use durovfs_link::authority::{self, CA_CERTIFICATE_FILE};
+use durovfs_link::authority::{self, Authority, CA_CERTIFICATE_FILE};
 use durovfs_wire::NodeName;
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -77,6 +77,26 @@ pub fn create_cluster(
     create_directory(directory)?;
     let authority = authority::create()?;
     authority.write(directory)?;
+    write_nodes(directory, &authority, nodes)?;
+    let pair = authority.issue_client(CLIENT_NAME, &[ALL_DATABASES.to_owned()])?;
+    pair.write(
+        &directory.join("client.pem"),
+        &directory.join("client-key.pem"),
+    )?;
+    write_client(directory, client)
+}
+
+/// Makes the directories of further nodes of the cluster.
+pub fn add_nodes(directory: &Path, nodes: &[SidecarConfig]) -> anyhow::Result<()> {
+    let authority = Authority::load(directory)?;
+    write_nodes(directory, &authority, nodes)
+}
+
+fn write_nodes(
+    directory: &Path,
+    authority: &Authority,
+    nodes: &[SidecarConfig],
+) -> anyhow::Result<()> {
     for config in nodes {
         create_directory(&node_directory(directory, &config.node))?;
         authority.write_certificate(&config.tls.ca)?;
@@ -85,12 +105,43 @@ pub fn create_cluster(
             .write(&config.tls.certificate, &config.tls.key)?;
         write_sidecar(directory, config)?;
     }
-    let pair = authority.issue_client(CLIENT_NAME, &[ALL_DATABASES.to_owned()])?;
-    pair.write(
-        &directory.join("client.pem"),
-        &directory.join("client-key.pem"),
-    )?;
-    write_client(directory, client)
+    Ok(())
+}
+
+/// The configurations of the nodes that the cluster's directory has.
+pub fn sidecar_files(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let folder = directory.join("nodes");
+    let mut files = Vec::new();
+    let entries =
+        std::fs::read_dir(&folder).with_context(|| format!("read {}", folder.display()))?;
+    for entry in entries {
+        let entry = entry.with_context(|| format!("read {}", folder.display()))?;
+        let file = entry.path().join("sidecar.toml");
+        if file.is_file() {
+            files.push(file);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Adds where further nodes are to a configuration, and leaves the rest of it as it stands.
+pub fn append_nodes(file: &Path, nodes: &[(NodeName, String)]) -> anyhow::Result<()> {
+    let mut text =
+        std::fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
+    if !text.ends_with('\n') {
+        text.push('\n');
+    }
+    for (name, address) in nodes {
+        render_node(&mut text, name, address);
+    }
+    write_file(file, &text)
+}
+
+fn render_node(text: &mut String, name: &NodeName, address: &str) {
+    let (name, address) = (quoted(name.as_str()), quoted(address));
+    // Writing to a string cannot fail.
+    let _ = write!(text, "\n[[nodes]]\nname = {name}\naddress = {address}\n");
 }
 
 /// Writes the client config.
@@ -174,12 +225,7 @@ fn render_sidecar(node_directory: &Path, config: &SidecarConfig) -> String {
         );
     }
     for (name, address) in &config.nodes {
-        let _ = write!(
-            text,
-            "\n[[nodes]]\nname = {}\naddress = {}\n",
-            quoted(name.as_str()),
-            quoted(address)
-        );
+        render_node(&mut text, name, address);
     }
     text
 }
@@ -216,6 +262,7 @@ mod tests {
         let node: NodeName = "primary".parse().unwrap();
         create_directory(&node_directory(&directory, &node)).unwrap();
         let config = SidecarConfig {
+            file: sidecar_file(&directory, &node),
             node: node.clone(),
             listen: "127.0.0.1:4001".parse().unwrap(),
             data: node_directory(&directory, &node).join("data"),

@@ -8,6 +8,7 @@ pub mod dev;
 pub mod history;
 pub mod init;
 mod layout;
+pub mod replace;
 pub mod resolve;
 pub mod restore;
 pub mod sidecar;

@@ -182,6 +182,20 @@ fn describe_database(status: &DatabaseStatus) -> String {
     ));
     let archive = status.archive_url.as_deref().unwrap_or("none");
     text.push_str(&format!("  archive {archive}\n"));
+    if !status.members.is_empty() {
+        let members: Vec<&str> = status.members.iter().map(|node| node.as_str()).collect();
+        let generation = status.generation;
+        text.push_str(&format!(
+            "  members (generation {generation}) {}\n",
+            members.join(" ")
+        ));
+    }
+    text.extend(
+        status
+            .change
+            .iter()
+            .map(|change| format!("  change: {change}\n")),
+    );
     text.extend(status.replicas.iter().map(describe_replica));
     text.extend(
         status
@@ -194,10 +208,11 @@ fn describe_database(status: &DatabaseStatus) -> String {
 
 fn describe_replica(replica: &ReplicaStatus) -> String {
     format!(
-        "  {:<12} {:<21} {:<12} on disk {}  behind {} entries, {} ms  ack p50 {} us, p99 {} us\n",
+        "  {:<12} {:<21} {:<12} {}on disk {}  behind {} entries, {} ms  ack p50 {} us, p99 {} us\n",
         replica.node.as_str(),
         replica.address,
         replica.state,
+        if replica.counted { "" } else { "NO VOTE  " },
         replica.flush_lsn,
         replica.lag_entries,
         replica.lag_ms,
@@ -240,10 +255,14 @@ mod tests {
             archive_lsn: Lsn::new(7),
             checksum: "00000000000000ff".to_owned(),
             archive_url: None,
+            generation: 3,
+            members: vec!["replica-1".parse().unwrap()],
+            change: Some("replica-2 is replaced by replica-1: catching up".to_owned()),
             replicas: vec![ReplicaStatus {
                 node: "replica-1".parse().unwrap(),
                 address: "127.0.0.1:4002".to_owned(),
                 state: "streaming".to_owned(),
+                counted: true,
                 flush_lsn: Lsn::new(9),
                 lag_entries: 0,
                 lag_ms: 0,
@@ -274,6 +293,8 @@ mod tests {
             "archived 7",
             "replica-1",
             "warning: archive",
+            "members (generation 3) replica-1",
+            "change: replica-2 is replaced",
         ] {
             assert!(text.contains(expected), "{text}");
         }

@@ -9,6 +9,7 @@ mod bulk;
 mod crowding;
 mod event;
 mod feed;
+mod members;
 mod node;
 mod opening;
 mod orphans;

@@ -11,15 +11,12 @@ use crate::config::SidecarConfig;
 use durovfs_archive::store::Store;
 use durovfs_journal::{DatabaseState, Journal};
 use durovfs_link::Endpoint;
-use durovfs_quorum::Membership;
-use durovfs_wire::{ClaimantId, DatabaseId, NodeName};
+use durovfs_wire::{ClaimantId, DatabaseId, Member, Membership, NodeName};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Membership generation of databases whose five were never changed.
-const FIRST_GENERATION: u32 = 1;
 /// How long a stopping node waits for commits in flight and for its last uploads.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
@@ -64,7 +61,7 @@ pub struct Node {
     pub held_answers: HeldAnswers,
     /// When replicas whose primary is silent were last looked for.
     pub orphans_looked: Option<Instant>,
-    membership: Membership,
+    pub membership: Membership,
     stopping_since: Option<Instant>,
 }
 
@@ -75,8 +72,11 @@ impl Node {
     /// When the configured replicas are not a legal membership.
     pub fn new(parts: NodeParts) -> anyhow::Result<Self> {
         let config = parts.config;
-        let membership =
-            Membership::new(FIRST_GENERATION, config.replicas.clone(), config.ack_quorum)?;
+        let members = config.replicas.iter().map(|node| {
+            let address = config.nodes.get(node).cloned().unwrap_or_default();
+            Member::configured(node.clone(), address)
+        });
+        let membership = Membership::configured(members.collect(), config.ack_quorum)?;
         let peers = config
             .nodes
             .iter()
@@ -135,7 +135,7 @@ impl Node {
         &self.config.node
     }
 
-    /// The five of a database.
+    /// The five of a database of which nothing else is known.
     pub fn membership(&self) -> Membership {
         self.membership.clone()
     }
@@ -147,11 +147,7 @@ impl Node {
             return;
         };
         db.begin_claim();
-        for (node, peer) in &self.peers {
-            if peer.link.is_some() && db.feeds.contains_key(node) {
-                db.machine.handle_connected(node);
-            }
-        }
+        self.update_nodes(database);
         self.drive_primary(database);
     }
 
@@ -334,6 +330,7 @@ impl Node {
             self.tick_pending(database, now);
             self.tick_claims(database, now);
             self.tick_feeds(database, now);
+            self.tick_members(database, now);
             self.drive_primary(database);
         }
         self.tick_findings(now);

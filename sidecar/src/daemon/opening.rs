@@ -14,7 +14,7 @@ use durovfs_quorum::PrimaryState;
 use durovfs_wire::client::{FailureKind, SidecarMessage};
 use durovfs_wire::entry::Origin;
 use durovfs_wire::peer::{FoundLog, MAX_NAME_BYTES, PrimaryMessage};
-use durovfs_wire::{DatabaseId, Lsn, NodeName};
+use durovfs_wire::{DatabaseId, Lsn, Membership, NodeName};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 /// signs of life, a dead one when it counts as dead. A random part of as much is added where two
 /// claimants might keep each other from winning.
 const ASK_PAUSE: Duration = Duration::from_millis(250);
+/// How long only the nodes that are known to have replicas are asked.
+const FIND_PATIENCE: Duration = Duration::from_secs(1);
 /// Claims that may fail in a row, each with a higher epoch, before whoever waits is told that
 /// another node is the primary. Spread over longer than a dead primary counts as alive.
 const CLAIMS_MAX: u32 = 12;
@@ -116,8 +118,20 @@ impl Finding {
         }
     }
 
-    fn judge(&self, name: &str, own: &NodeName, quorum: usize, replicas: usize) -> Found {
-        if self.answers.len() < quorum {
+    /// The newest membership of the log that was told.
+    fn membership(&self) -> Option<&Membership> {
+        let logs = self.answers.values().flat_map(|answer| &answer.logs);
+        logs.filter_map(|log| log.membership.as_ref())
+            .max_by_key(|membership| membership.epoch)
+    }
+
+    /// `configured` are those that a log has of which nobody tells the members.
+    fn judge(&self, name: &str, own: &NodeName, configured: &Membership) -> Found {
+        let membership = self.membership().unwrap_or(configured);
+        let (quorum, replicas) = (membership.ack_quorum, membership.members.len());
+        let answers = self.answers.keys();
+        let answered = answers.filter(|node| membership.has_node(node)).count();
+        if answered < quorum {
             return Found::Open;
         }
         let openings = || self.waiters.iter().filter_map(Waiter::opening);
@@ -143,7 +157,7 @@ impl Finding {
             };
         };
         let others: Vec<&NodeName> = self.others(own).map(|(primary, _)| primary).collect();
-        let free = self.answers.len() - others.len();
+        let free = answered.saturating_sub(others.len());
         if openings().any(|opening| opening.force) {
             return Found::Free(Some(log), others.first().copied().cloned());
         }
@@ -240,11 +254,17 @@ impl Node {
                 due = true;
             }
         }
-        if due {
-            let replicas = self.config.replicas.clone();
-            for node in &replicas {
-                self.ask_findings(node);
-            }
+        if !due {
+            return;
+        }
+        // The configured replicas may all have been replaced: then any node may know the log.
+        let late = |finding: &Finding| now.duration_since(finding.began) >= FIND_PATIENCE;
+        if self.findings.values().any(late) {
+            self.connect_all();
+        }
+        let nodes: Vec<NodeName> = self.peers.keys().cloned().collect();
+        for node in &nodes {
+            self.ask_findings(node);
         }
     }
 
@@ -263,6 +283,9 @@ impl Node {
 
     /// A node says which logs it knows under a name.
     pub fn handle_found(&mut self, node: &NodeName, request: u64, logs: &[FoundLog]) {
+        for membership in logs.iter().filter_map(|log| log.membership.as_ref()) {
+            self.connect_members(membership);
+        }
         let Some((name, finding)) = self
             .findings
             .iter_mut()
@@ -274,8 +297,7 @@ impl Node {
         finding
             .answers
             .insert(node.clone(), Answer { logs, asked_at });
-        let (quorum, replicas) = (self.config.ack_quorum, self.config.replicas.len());
-        let found = finding.judge(name, &self.config.node, quorum, replicas);
+        let found = finding.judge(name, &self.config.node, &self.membership);
         let name = name.clone();
         match found {
             Found::Open => {}
@@ -290,9 +312,11 @@ impl Node {
     }
 
     fn claim_found(&mut self, name: String, log: Option<DatabaseId>, from: Option<NodeName>) {
-        let Some(Finding { waiters, .. }) = self.findings.remove(&name) else {
+        let Some(finding) = self.findings.remove(&name) else {
             return;
         };
+        let told = finding.membership().cloned();
+        let waiters = finding.waiters;
         let database = log.unwrap_or_else(|| DatabaseId::from_bytes(super::node::random_id()));
         self.names.insert(name.clone(), database);
         let force = waiters
@@ -301,13 +325,19 @@ impl Node {
             .any(|opening| opening.force);
         if let Some(db) = self.primaries.get_mut(&database) {
             db.take_over(force, from);
+            if let Some(told) = &told {
+                db.machine.handle_membership(told);
+            }
             db.begin_claim();
             self.drive_primary(database);
         } else {
             let state = self.primary_journal.state(database);
-            let membership = self.membership();
+            let membership = told.unwrap_or_else(|| self.membership());
             let mut db = PrimaryDatabase::new(database, name, membership, state.as_ref());
             db.take_over(force, from);
+            if log.is_none() {
+                db.machine.declare_new();
+            }
             self.primaries.insert(database, db);
             self.start_primary(database);
         }

@@ -2,19 +2,20 @@
 
 use super::event::{JournalEvent, Permit, SessionId};
 use super::feed::Feed;
+use super::members::{HeldWrite, Members};
 use super::node::{Node, new_claimant};
 use super::opening::Waiter;
 use super::outbox::Outbox;
 use super::uploader::UploadState;
 use bytes::Bytes;
 use durovfs_journal::{DatabaseState, JournalError, Record};
-use durovfs_quorum::{LocalLog, Membership, Primary, PrimaryState};
+use durovfs_quorum::{LocalLog, Primary, PrimaryState, holds_quorum};
 use durovfs_wire::client::{CommitOutcome, SidecarMessage};
 use durovfs_wire::entry::{CommitHeader, Origin, TransactionSummary};
 use durovfs_wire::peer::PrimaryMessage;
 use durovfs_wire::{
-    ClaimantId, ClientId, DatabaseId, EntryPart, Epoch, Frame, LogPosition, Lsn, NodeName,
-    PageSize, PartHeader, PartKind, Timestamp,
+    ClaimantId, ClientId, DatabaseId, EntryPart, Epoch, Frame, LogPosition, Lsn, Member,
+    Membership, NodeName, PageSize, PartHeader, PartKind, Timestamp,
 };
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -77,6 +78,8 @@ pub struct PrimaryDatabase {
     pub settled: BTreeMap<ClientId, u64>,
     /// The archive's side.
     pub upload: UploadState,
+    /// The change of its members.
+    pub members: Members,
 }
 
 /// A transaction whose pages were sent before its commit.
@@ -115,6 +118,12 @@ impl PrimaryDatabase {
         membership: Membership,
         state: Option<&DatabaseState>,
     ) -> Self {
+        // What our own journal noted, unless somebody told a newer one.
+        let noted = state.and_then(|state| state.membership.clone());
+        let membership = match noted {
+            Some(noted) if noted.epoch >= membership.epoch => noted,
+            _ => membership,
+        };
         let local = state.map_or_else(LocalLog::default, |state| LocalLog {
             last: state.last,
             first_lsn: state.first_lsn,
@@ -125,8 +134,8 @@ impl PrimaryDatabase {
         });
         let written_lsn = local.last.lsn;
         let feeds = membership
-            .nodes
-            .iter()
+            .nodes()
+            .into_iter()
             .map(|node| (node.clone(), Feed::stopped()))
             .collect();
         let mut machine = Primary::new(database, name.clone(), membership, local);
@@ -153,6 +162,7 @@ impl PrimaryDatabase {
             successor: None,
             settled: BTreeMap::new(),
             upload: UploadState::default(),
+            members: Members::default(),
         }
     }
 
@@ -263,6 +273,19 @@ impl Node {
         payload: Bytes,
         permit: Permit,
     ) {
+        let write = HeldWrite::Pages {
+            session,
+            sequence,
+            page_size,
+            payload,
+            permit,
+        };
+        let Some(HeldWrite::Pages {
+            payload, permit, ..
+        }) = self.hold_write(database, write)
+        else {
+            return;
+        };
         let Some(db) = self.primaries.get_mut(&database) else {
             return;
         };
@@ -309,6 +332,10 @@ impl Node {
 
     /// The client takes an open transaction back.
     pub fn handle_abort(&mut self, session: SessionId, database: DatabaseId, sequence: u64) {
+        let write = HeldWrite::Abort { session, sequence };
+        if self.hold_write(database, write).is_none() {
+            return;
+        }
         if let Some(db) = self.primaries.get_mut(&database)
             && db
                 .streamed
@@ -322,6 +349,14 @@ impl Node {
     /// Takes a commit: refuses it for certain, or sends it.
     pub fn handle_commit(&mut self, request: CommitRequest) {
         let database = request.database;
+        let request = if self.primaries.contains_key(&database) {
+            match self.hold_write(database, HeldWrite::Commit(request)) {
+                Some(HeldWrite::Commit(request)) => request,
+                _ => return,
+            }
+        } else {
+            request
+        };
         let waiter = CommitWaiter {
             outbox: request.outbox.clone(),
             sequence: request.commit.origin.sequence,
@@ -361,13 +396,8 @@ impl Node {
         if let Some(trouble) = &db.own_trouble {
             return refuse(format!("the primary's own journal failed: {trouble}"));
         }
-        let answering = self.answering(db);
-        let quorum = self.config.ack_quorum;
-        if answering < quorum {
-            return refuse(format!(
-                "{answering} of {} replicas answer, {quorum} are needed",
-                db.feeds.len()
-            ));
+        if let Err(missing) = self.check_answering(db) {
+            return refuse(missing);
         }
         if let Some(reason) = self.crowding(db).refusal() {
             return refuse(reason);
@@ -395,17 +425,35 @@ impl Node {
         Ok((position, streamed))
     }
 
-    /// How many replicas of a database can be counted on now.
-    pub fn answering(&self, db: &PrimaryDatabase) -> usize {
+    /// Whether enough replicas of a database can be counted on now.
+    ///
+    /// # Errors
+    /// How many can be, in words.
+    pub fn check_answering(&self, db: &PrimaryDatabase) -> Result<(), String> {
         let now = Instant::now();
-        let counts = |(node, feed): &(&NodeName, &Feed)| {
-            !matches!(feed.state, super::feed::FeedState::Refusing { .. })
-                && self
-                    .peers
-                    .get(*node)
-                    .is_some_and(|peer| peer.is_answering(now))
+        let membership = db.machine.membership();
+        let counts = |member: &Member| {
+            let feed = db.feeds.get(&member.node);
+            let takes = feed
+                .is_some_and(|feed| !matches!(feed.state, super::feed::FeedState::Refusing { .. }));
+            let peer = self.peers.get(&member.node);
+            // While a claim is under way it is not known who they are.
+            let progress = db.machine.node_progress(&member.node);
+            let lost = progress.is_some_and(|progress| progress.promised && !progress.counted);
+            takes && !(db.is_open() && lost) && peer.is_some_and(|peer| peer.is_answering(now))
         };
-        db.feeds.iter().filter(counts).count()
+        if holds_quorum(membership, counts) {
+            return Ok(());
+        }
+        let fewest = membership
+            .sets()
+            .map(|set| (set.iter().filter(|m| counts(m)).count(), set.len()))
+            .min();
+        let (answering, of) = fewest.unwrap_or_default();
+        Err(format!(
+            "{answering} of {of} replicas answer, {} are needed",
+            membership.ack_quorum
+        ))
     }
 
     fn send_commit(
@@ -607,7 +655,7 @@ impl Node {
             name: db.name.clone(),
             epoch: position.epoch,
             claimant,
-            generation: db.generation(),
+            replica: None,
         };
         self.write_own_records(database, vec![named], None, None);
         self.append_own(

@@ -19,6 +19,9 @@ use std::time::{Duration, Instant};
 /// longer, the same entry is found once more.
 const OWN_DAMAGE_PAUSE: Duration = Duration::from_millis(200);
 
+/// Pause before a step of a change that failed is followed by an ordinary claim.
+const CHANGE_RECLAIM_PAUSE: Duration = Duration::from_millis(250);
+
 impl Node {
     /// Runs a database's state machine until it wants nothing more.
     pub fn drive_primary(&mut self, database: DatabaseId) {
@@ -46,6 +49,14 @@ impl Node {
                 last,
             } => {
                 self.fetch(database, donor, first_lsn, last);
+            }
+            PrimaryEffect::NodesChanged => self.update_nodes(database),
+            PrimaryEffect::NoteMembership { membership } => {
+                let record = Record::Membership {
+                    database,
+                    membership,
+                };
+                self.write_own_records(database, vec![record], None, None);
             }
             PrimaryEffect::AppendEpochStart { position } => {
                 let Some(db) = self.primaries.get_mut(&database) else {
@@ -190,6 +201,7 @@ impl Node {
         // Ordinary recovery has decided: what was pending is in the log, or never will be.
         self.settle_by_log(database);
         self.answer_waiters(database);
+        self.release_held(database);
     }
 
     /// Answers everybody who waited for the log to be open.
@@ -244,6 +256,7 @@ impl Node {
         self.uploads_due.insert(database);
         let through = LogPosition::new(db.machine.epoch(), lsn);
         self.settle_committed(database, through);
+        self.try_change(database);
         self.commits_untold.insert(database);
     }
 
@@ -253,7 +266,13 @@ impl Node {
             return;
         };
         db.streamed = None;
+        // A step of a change is a claim that nobody waits for, and that must not end the log.
+        let changing = db.members.is_changing();
+        self.release_held(database);
         self.look_again(database);
+        if changing && let Some(db) = self.primaries.get_mut(&database) {
+            db.claim_at = Some(Instant::now() + CHANGE_RECLAIM_PAUSE);
+        }
     }
 
     /// A replica's node has connected: every database with a replica there talks to it.
@@ -326,6 +345,7 @@ impl Node {
                 return;
             }
             ReplicaMessage::Found { request, logs } => {
+                self.learn_members(logs);
                 return self.handle_found(node, *request, logs);
             }
             ReplicaMessage::Promised(promise) => promise.database,
@@ -413,6 +433,7 @@ impl Node {
         db.settled = old.settled;
         db.own_writes = old.own_writes;
         db.upload = old.upload;
+        db.members = old.members;
         self.primaries.insert(database, db);
         self.start_primary(database);
     }

@@ -3,7 +3,7 @@
 
 use super::bulk;
 use super::event::{JournalEvent, Permit};
-use super::node::Node;
+use super::node::{Node, random_id};
 use super::orphans::OrphanState;
 use super::outbox::Outbox;
 use bytes::Bytes;
@@ -12,7 +12,7 @@ use durovfs_sidecar::replica_log::{AppendContext, AppendRefused, Notice, NoticeS
 use durovfs_wire::peer::{
     Claim, FoundLog, LivePrimary, PrimaryMessage, RejectReason, ReplicaMessage,
 };
-use durovfs_wire::{DatabaseId, EntryPart, Epoch, Lsn, NodeName};
+use durovfs_wire::{DatabaseId, EntryPart, Epoch, Lsn, Membership, NodeName, ReplicaId};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -90,10 +90,15 @@ impl Node {
                     .map(|(id, replica)| FoundLog {
                         database: *id,
                         primary: self.live_primary(replica),
+                        membership: replica.log.machine().membership().cloned(),
                     })
                     .collect();
                 outbox.answer(&ReplicaMessage::Found { request, logs });
             }
+            PrimaryMessage::Members {
+                database,
+                membership,
+            } => self.handle_members(node, database, membership),
             PrimaryMessage::Claim(claim) => self.handle_claim(node, outbox, &claim),
             PrimaryMessage::Append {
                 generation,
@@ -200,7 +205,7 @@ impl Node {
         }
         let (journal, notices) = (self.replica_journal.clone(), self.replica_notices());
         let replica = self.replicas.entry(claim.database).or_insert_with(|| {
-            let log = ReplicaLog::unheard_of(journal, notices, claim.database);
+            let log = ReplicaLog::unheard_of(journal, notices, claim.database, draw_replica());
             ReplicaDatabase::new(claim.name.clone(), log)
         });
         let promised = replica.log.machine().promised();
@@ -209,6 +214,16 @@ impl Node {
             replica.claimed = Some((node.clone(), Instant::now()));
         }
         self.drive_replica(claim.database);
+    }
+
+    fn handle_members(&mut self, node: &NodeName, database: DatabaseId, membership: Membership) {
+        let Some(replica) = self.replicas.get_mut(&database) else {
+            return;
+        };
+        if let Err(violation) = replica.log.handle_members(membership) {
+            tracing::error!(%node, name = %replica.name, %violation, "members refused");
+        }
+        self.drive_replica(database);
     }
 
     fn handle_append(
@@ -322,7 +337,7 @@ impl Node {
     /// Takes up a log that our journal holds.
     pub fn resume_replica(&mut self, state: &DatabaseState) {
         let (journal, notices) = (self.replica_journal.clone(), self.replica_notices());
-        let log = ReplicaLog::from_journal(journal, notices, state);
+        let log = ReplicaLog::from_journal(journal, notices, state, draw_replica());
         self.replicas.insert(
             state.database,
             ReplicaDatabase::new(state.name.clone(), log),
@@ -365,4 +380,9 @@ impl Node {
             }
         }
     }
+}
+
+/// An identity for a replica that has none yet.
+fn draw_replica() -> ReplicaId {
+    ReplicaId::from_bytes(random_id())
 }

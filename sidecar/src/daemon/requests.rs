@@ -11,7 +11,7 @@ use durovfs_journal::Journal;
 use durovfs_quorum::PrimaryState;
 use durovfs_wire::client::{ClientMessage, CommitOutcome, FailureKind, SidecarMessage};
 use durovfs_wire::entry::Origin;
-use durovfs_wire::{DatabaseId, Lsn};
+use durovfs_wire::{DatabaseId, Lsn, NodeName};
 use std::time::{Duration, Instant};
 
 impl Node {
@@ -72,6 +72,12 @@ impl Node {
             | ClientMessage::Commit { .. } => {
                 self.handle_write(session, grant, outbox, message, (payload, permit));
             }
+            ClientMessage::Replace {
+                request,
+                name,
+                old,
+                new,
+            } => self.handle_replace(grant, outbox, request, (&name, &old, &new)),
             question => self.handle_question(grant, outbox, question),
         }
     }
@@ -118,6 +124,32 @@ impl Node {
             }
             // Pages and aborts of what the certificate does not allow; their commit is told.
             _ => {}
+        }
+    }
+
+    fn handle_replace(
+        &mut self,
+        grant: &ClientGrant,
+        outbox: &Outbox,
+        request: u64,
+        (name, old, new): (&str, &NodeName, &NodeName),
+    ) {
+        let answer = if grant.allows(name) {
+            self.replace(name, old, new)
+        } else {
+            let message = format!(
+                "the certificate {} does not allow the database {name:?}",
+                grant.name
+            );
+            Err((FailureKind::Forbidden, message))
+        };
+        match answer {
+            Ok(state) => outbox.answer(&SidecarMessage::Replacing { request, state }),
+            Err((kind, message)) => outbox.answer(&SidecarMessage::Failed {
+                request,
+                kind,
+                message,
+            }),
         }
     }
 
@@ -229,7 +261,6 @@ impl Node {
     /// Gives up on everything whose time is over.
     pub fn tick_waiters(&mut self, now: Instant) {
         let expired = |waiter: &Waiter| waiter.is_expired(now);
-        let quorum = self.config.ack_quorum;
         let mut late = self.expired_finders(now);
         let databases: Vec<DatabaseId> = self.primaries.keys().copied().collect();
         for database in databases {
@@ -239,15 +270,12 @@ impl Node {
             if !db.waiters.iter().any(expired) {
                 continue;
             }
-            let answering = self.answering(db);
+            let missing = self.check_answering(db).err();
             let Some(db) = self.primaries.get_mut(&database) else {
                 continue;
             };
-            let message = format!(
-                "{} cannot be opened: {answering} of {} replicas answer, {quorum} are needed",
-                db.name,
-                db.feeds.len()
-            );
+            let missing = missing.unwrap_or_else(|| "its replicas did not promise".to_owned());
+            let message = format!("{} cannot be opened: {missing}", db.name);
             for waiter in db.waiters.extract_if(.., |waiter| expired(waiter)) {
                 late.push((waiter, message.clone()));
             }

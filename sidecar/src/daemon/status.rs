@@ -9,7 +9,7 @@ use durovfs_quorum::PrimaryState;
 use durovfs_wire::status::{
     DatabaseStatus, MAX_DATABASES_LISTED, NodeStatus, PeerStatus, ReplicaStatus, Role,
 };
-use durovfs_wire::{DatabaseId, NodeName};
+use durovfs_wire::{DatabaseId, Membership, NodeName};
 use std::time::Instant;
 
 /// A replica that lags longer than this is worth a warning.
@@ -104,6 +104,7 @@ impl Node {
             .map(|node| self.feed_status(db, node, now))
             .collect();
         let mut warnings = db.upload.warnings();
+        warnings.extend(db.member_warnings());
         match db.machine.state() {
             PrimaryState::Leading => {}
             PrimaryState::Fenced { .. } => warnings.push(db.fenced_reason()),
@@ -135,6 +136,9 @@ impl Node {
                 .last_transaction
                 .map_or_else(String::new, |last| last.commit.checksum.to_string()),
             archive_url: self.store.as_ref().map(|store| store.url().to_owned()),
+            generation: db.generation(),
+            members: member_nodes(db.machine.membership()),
+            change: db.change_text(),
             replicas,
             warnings,
         }
@@ -168,6 +172,10 @@ impl Node {
             node: node.clone(),
             address: peer.map_or_else(String::new, |peer| peer.address.clone()),
             state,
+            counted: db
+                .machine
+                .node_progress(node)
+                .is_some_and(|progress| progress.counted),
             flush_lsn,
             lag_entries,
             lag_ms,
@@ -178,6 +186,7 @@ impl Node {
 
     fn replica_status(&self, database: DatabaseId, replica: &ReplicaDatabase) -> DatabaseStatus {
         let state = self.replica_journal.state(database);
+        let membership = replica.log.machine().membership();
         DatabaseStatus {
             name: replica.name.clone(),
             database,
@@ -190,6 +199,9 @@ impl Node {
                 .and_then(|state| state.last_transaction)
                 .map_or_else(String::new, |last| last.commit.checksum.to_string()),
             archive_url: None,
+            generation: membership.map_or(0, |membership| membership.generation),
+            members: membership.map_or_else(Vec::new, member_nodes),
+            change: None,
             replicas: Vec::new(),
             warnings: replica_warnings(replica),
         }
@@ -204,4 +216,9 @@ fn replica_warnings(replica: &ReplicaDatabase) -> Vec<String> {
         .collect();
     warnings.extend(replica.orphan.warning());
     warnings
+}
+
+fn member_nodes(membership: &Membership) -> Vec<NodeName> {
+    let members = membership.members.iter();
+    members.map(|member| member.node.clone()).collect()
 }

@@ -4,7 +4,7 @@ use super::*;
 use bytes::Bytes;
 use durovfs_journal::disk::memory::MemoryDisk;
 use durovfs_journal::{JournalDriver, JournalOptions};
-use durovfs_wire::{ClaimantId, PartHeader, PartKind, Timestamp};
+use durovfs_wire::{ClaimantId, Member, PartHeader, PartKind, Timestamp};
 use std::sync::Mutex;
 
 struct Bench {
@@ -34,7 +34,7 @@ impl Bench {
         let notices: Arc<Mutex<Vec<Notice>>> = Arc::default();
         let seen = notices.clone();
         let sink: NoticeSink = Arc::new(move |notice| seen.lock().unwrap().push(notice));
-        let log = ReplicaLog::unheard_of(journal, sink, database());
+        let log = ReplicaLog::unheard_of(journal, sink, database(), ReplicaId::from_bytes([5; 16]));
         Self {
             disk,
             driver,
@@ -48,7 +48,6 @@ impl Bench {
         let claim = Claim {
             database: database(),
             name: "db".to_owned(),
-            generation: 1,
             epoch: Epoch::new(epoch),
             claimant: ClaimantId::from_bytes([epoch as u8; 16]),
             forced: false,
@@ -57,7 +56,21 @@ impl Bench {
         self.messages()
     }
 
+    /// The primary tells its members, and that is on disk.
+    fn tell_members(&mut self, epoch: u32) {
+        let member = Member::configured("replica".parse().unwrap(), String::new());
+        let membership = Membership {
+            epoch: Epoch::new(epoch),
+            ..Membership::configured(vec![member], 1).unwrap()
+        };
+        self.log.handle_members(membership).unwrap();
+        assert_eq!(self.messages(), []);
+        self.driver.write_waiting();
+        assert_eq!(self.hear(), []);
+    }
+
     fn append_start(&mut self, epoch: u32, lsn: u64) -> Vec<ReplicaMessage> {
+        self.tell_members(epoch);
         let context = AppendContext {
             generation: 1,
             epoch: Epoch::new(epoch),

@@ -373,8 +373,10 @@ impl Table {
             SidecarMessage::NodeStatus { request, .. }
             | SidecarMessage::DatabaseStatus { request, .. }
             | SidecarMessage::FoundBookmark { request, .. } => self.answer(request, message),
-            // Nothing waits for a welcome; the log is read on streams of its own.
+            // Nothing waits for a welcome, nor asks for a replacement; the log is read on streams
+            // of its own.
             SidecarMessage::Welcome { .. }
+            | SidecarMessage::Replacing { .. }
             | SidecarMessage::LogPart { .. }
             | SidecarMessage::LogEnd { .. } => {}
         }

@@ -326,7 +326,8 @@ impl Session {
             } => {
                 self.send_log(database, first_lsn).await;
             }
-            ClientMessage::NodeStatus { .. }
+            ClientMessage::Replace { .. }
+            | ClientMessage::NodeStatus { .. }
             | ClientMessage::DatabaseStatus { .. }
             | ClientMessage::FindBookmark { .. } => panic!("not expected here"),
         }
