@@ -125,7 +125,21 @@ pub struct DatabaseState {
     pub mending: bool,
 }
 
+/// Guess of a state's bytes beside its name, history and members.
+pub(crate) const STATE_BYTES: usize = 256;
+/// Guess of an epoch run's bytes.
+const RUN_BYTES: usize = 10;
+/// What a member can take without its address.
+const MEMBER_BYTES: usize = 96;
+
 impl DatabaseState {
+    /// What it takes about in a segment.
+    pub(crate) fn bytes_guess(&self) -> usize {
+        let members = self.membership.iter().flat_map(Membership::all_members);
+        let member_bytes: usize = members.map(|m| MEMBER_BYTES + m.address.len()).sum();
+        STATE_BYTES + self.name.len() + self.history.len() * RUN_BYTES + member_bytes
+    }
+
     /// Of a database of which nothing is known but its id.
     pub(crate) fn empty(database: DatabaseId) -> Self {
         Self {

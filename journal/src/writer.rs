@@ -13,13 +13,12 @@ use crate::error::JournalError;
 use crate::format::{SEGMENT_HEADER_BYTES, SegmentHeader, encode_record, record_bytes};
 use crate::journal::{Append, Completion, Item, Shared, Tables};
 use crate::promises::{self, KeptPromise};
-use crate::record::{Record, Stored};
+use crate::record::{Record, STATE_BYTES, Stored};
 use crate::segments::{Segment, begin_segment, capacity, lock};
 use crate::table::{ENTRIES_MAX, Head, Location, Table};
 use bytes::Bytes;
 use durovfs_wire::entry::{MAX_PART_PAYLOAD_BYTES, PartKind};
 use durovfs_wire::ids::DatabaseId;
-use durovfs_wire::membership::Membership;
 use durovfs_wire::peer::MAX_NAME_BYTES;
 use durovfs_wire::position::{Epoch, Lsn};
 use std::collections::{BTreeMap, VecDeque};
@@ -34,12 +33,6 @@ const RESERVE_BYTES_MAX: u64 = 256 << 10;
 /// Idle time after which a mark says that the last batch is durable, so that damage to it can be
 /// told from a torn write.
 const MARK_AFTER: Duration = Duration::from_millis(200);
-/// Guess of a state's bytes beside its name and history.
-const STATE_BYTES: usize = 256;
-/// Guess of an epoch run's bytes.
-const RUN_BYTES: usize = 10;
-/// What a member can take without its address.
-const MEMBER_BYTES: usize = 96;
 
 /// Records that are written together.
 #[derive(Default)]
@@ -345,7 +338,11 @@ impl Writer {
         }
         if table.is_none() && !batch.heads.contains_key(&database) {
             // Each segment restates all databases: they must leave room for something else.
-            let known: usize = tables.databases.values().map(state_bytes).sum();
+            let known: usize = tables
+                .databases
+                .values()
+                .map(|table| table.state().bytes_guess())
+                .sum();
             let new = (batch.heads.len() + 1) * (STATE_BYTES + MAX_NAME_BYTES);
             if (known + new) as u64 > capacity(self.shared.segment_bytes) / 2 {
                 let count = tables.databases.len();
@@ -800,11 +797,4 @@ fn to_stored(record: &Record, table: Option<&Table>) -> (Stored, Bytes) {
         Record::Mended { database } => Stored::Mended { database },
     };
     (stored, Bytes::new())
-}
-
-fn state_bytes(table: &Table) -> usize {
-    let state = table.state();
-    let members = state.membership.iter().flat_map(Membership::all_members);
-    let member_bytes: usize = members.map(|m| MEMBER_BYTES + m.address.len()).sum();
-    STATE_BYTES + state.name.len() + state.history.len() * RUN_BYTES + member_bytes
 }

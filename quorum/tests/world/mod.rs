@@ -1,5 +1,5 @@
-//! A small world: five replicas and two spare nodes, two hosts that both want to be primary, links that are cut, disks
-//! that lose what was not synced. All of it is drawn from one seed.
+//! A small world: five replicas and two spare nodes, two hosts that both want to be primary, links
+//! that are cut, disks that lose what was not synced. All of it is drawn from one seed.
 //!
 //! Faults that a wrong implementation would have are made here, in the drivers, disks and links;
 //! the state machines run as they are.

@@ -9,7 +9,7 @@ use super::feed::Feed;
 use super::node::{Node, new_claimant};
 use super::primary::{CommitRequest, PrimaryDatabase};
 use bytes::Bytes;
-use durovfs_quorum::{PrimaryState, ReplaceRefused, Replacement};
+use durovfs_quorum::{PrimaryState, ReplaceRefused, Replacement, holds_quorum};
 use durovfs_wire::client::{FailureKind, ReplaceState};
 use durovfs_wire::peer::{FoundLog, PrimaryMessage};
 use durovfs_wire::{DatabaseId, LogPosition, Member, Membership, NodeName, PageSize, ReplicaId};
@@ -104,6 +104,37 @@ impl Node {
                 HeldWrite::Commit(request) => self.handle_commit(request),
             }
         }
+    }
+
+    /// Whether enough replicas of a database can be counted on now.
+    ///
+    /// # Errors
+    /// How many can be, in words.
+    pub fn check_answering(&self, db: &PrimaryDatabase) -> Result<(), String> {
+        let now = Instant::now();
+        let membership = db.machine.membership();
+        let counts = |member: &Member| {
+            let feed = db.feeds.get(&member.node);
+            let takes = feed
+                .is_some_and(|feed| !matches!(feed.state, super::feed::FeedState::Refusing { .. }));
+            let peer = self.peers.get(&member.node);
+            // While a claim is under way it is not known who they are.
+            let progress = db.machine.node_progress(&member.node);
+            let lost = progress.is_some_and(|progress| progress.promised && !progress.counted);
+            takes && !(db.is_open() && lost) && peer.is_some_and(|peer| peer.is_answering(now))
+        };
+        if holds_quorum(membership, counts) {
+            return Ok(());
+        }
+        let fewest = membership
+            .sets()
+            .map(|set| (set.iter().filter(|m| counts(m)).count(), set.len()))
+            .min();
+        let (answering, of) = fewest.unwrap_or_default();
+        Err(format!(
+            "{answering} of {of} replicas answer, {} are needed",
+            membership.ack_quorum
+        ))
     }
 
     /// Looks after a database's members: at each tick.

@@ -9,7 +9,7 @@ use super::outbox::Outbox;
 use super::uploader::UploadState;
 use bytes::Bytes;
 use durovfs_journal::{DatabaseState, JournalError, Record};
-use durovfs_quorum::{LocalLog, Primary, PrimaryState, holds_quorum};
+use durovfs_quorum::{LocalLog, Primary, PrimaryState};
 use durovfs_wire::client::{CommitOutcome, SidecarMessage};
 use durovfs_wire::entry::{CommitHeader, Origin, TransactionSummary};
 use durovfs_wire::peer::PrimaryMessage;
@@ -423,37 +423,6 @@ impl Node {
             ));
         }
         Ok((position, streamed))
-    }
-
-    /// Whether enough replicas of a database can be counted on now.
-    ///
-    /// # Errors
-    /// How many can be, in words.
-    pub fn check_answering(&self, db: &PrimaryDatabase) -> Result<(), String> {
-        let now = Instant::now();
-        let membership = db.machine.membership();
-        let counts = |member: &Member| {
-            let feed = db.feeds.get(&member.node);
-            let takes = feed
-                .is_some_and(|feed| !matches!(feed.state, super::feed::FeedState::Refusing { .. }));
-            let peer = self.peers.get(&member.node);
-            // While a claim is under way it is not known who they are.
-            let progress = db.machine.node_progress(&member.node);
-            let lost = progress.is_some_and(|progress| progress.promised && !progress.counted);
-            takes && !(db.is_open() && lost) && peer.is_some_and(|peer| peer.is_answering(now))
-        };
-        if holds_quorum(membership, counts) {
-            return Ok(());
-        }
-        let fewest = membership
-            .sets()
-            .map(|set| (set.iter().filter(|m| counts(m)).count(), set.len()))
-            .min();
-        let (answering, of) = fewest.unwrap_or_default();
-        Err(format!(
-            "{answering} of {of} replicas answer, {} are needed",
-            membership.ack_quorum
-        ))
     }
 
     fn send_commit(
