@@ -147,11 +147,6 @@ fn a_lost_disk_that_votes_as_before_is_caught() {
 }
 
 #[test]
-fn a_replacement_without_a_joint_phase_is_caught() {
-    assert_caught(Fault::OneStepChange, 600);
-}
-
-#[test]
 fn an_ack_before_the_sync_is_caught() {
     assert_caught(Fault::AckBeforeSync, 50);
 }

@@ -1,6 +1,6 @@
 //! Replacing replicas, and disks that are lost with all that was on them.
 
-use super::{Fault, NODE_COUNT, World, index_of, node_name};
+use super::{NODE_COUNT, World, index_of, node_name};
 use durovfs_quorum::{PrimaryState, Replacement};
 use durovfs_wire::peer::ReplicaMessage;
 use durovfs_wire::{Epoch, Membership, ReplicaId};
@@ -34,20 +34,10 @@ impl World {
     /// Makes the step that is due, if one is.
     pub(super) fn change(&mut self, host: usize) {
         let claimant = self.claimant();
-        let due = self.hosts[host].primary.next_membership();
         if !self.hosts[host].primary.start_change(claimant) {
             return;
         }
         self.tally.changes_begun += 1;
-        if self.fault == Fault::OneStepChange
-            && let Some(mut membership) = due
-            && let Some(next) = membership.next.take()
-        {
-            membership.members = next;
-            // Newer than the present one, and older than any that a later epoch decides.
-            membership.epoch = self.hosts[host].primary.membership().epoch.next();
-            self.hosts[host].primary.handle_membership(&membership);
-        }
         self.drive_host(host);
     }
 

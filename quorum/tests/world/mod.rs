@@ -51,8 +51,6 @@ pub enum Fault {
     WholeTooEarly,
     /// A replica that lost its disk is taken for the one that it was.
     AnyIdentity,
-    /// A replica is replaced without a phase in which both sets are asked.
-    OneStepChange,
 }
 
 /// What happened, over all seeds: a simulation in which something never happens proves nothing of
@@ -197,7 +195,7 @@ impl World {
             fault,
             changes: match fault {
                 Fault::None => seed % 2 == 1,
-                fault => matches!(fault, Fault::AnyIdentity | Fault::OneStepChange),
+                fault => fault == Fault::AnyIdentity,
             },
             hosts: (0..HOST_COUNT).map(|_| Host::new(&membership)).collect(),
             nodes: (0..NODE_COUNT)

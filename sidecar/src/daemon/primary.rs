@@ -14,8 +14,8 @@ use durovfs_wire::client::{CommitOutcome, SidecarMessage};
 use durovfs_wire::entry::{CommitHeader, Origin, TransactionSummary};
 use durovfs_wire::peer::PrimaryMessage;
 use durovfs_wire::{
-    ClaimantId, ClientId, DatabaseId, EntryPart, Epoch, Frame, LogPosition, Lsn, Member,
-    Membership, NodeName, PageSize, PartHeader, PartKind, Timestamp,
+    ClaimantId, ClientId, DatabaseId, EntryPart, Epoch, Frame, LogPosition, Lsn, Membership,
+    NodeName, PageSize, PartHeader, PartKind, Timestamp,
 };
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
