@@ -123,7 +123,9 @@ fn run_round(which: Which, seed: u64, totals: &mut Totals) {
     assert_eq!(plain.must("PRAGMA integrity_check"), [["ok"]], "{said}");
     // What durovfs makes of it: the log's content, and it goes on from there.
     let sink = shim(which);
-    let db = Db::open(which.host(), &path, c"durovfs").unwrap();
+    let db = Db::open(which.host(), &path, c"durovfs");
+    let refusal = durovfs_vfs::shim::last_open_refusal;
+    let db = db.unwrap_or_else(|failure| panic!("{failure:?}: {}; {end:?}, {said}", refusal()));
     let found = work::read(&db).unwrap();
     assert_eq!(&found, side(logged), "{end:?}, {said}");
     db.must("INSERT INTO t VALUES (-7, 'x')");
