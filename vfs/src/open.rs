@@ -30,7 +30,7 @@ use crate::page_table::PageChanges;
 use crate::resolve::way_out;
 use crate::roll_forward::{Applier, read_transactions};
 use crate::sink::{OpenedLog, SinkErrorKind};
-use crate::survey::{Content, WalSurvey};
+use crate::survey::{Content, IsWritten, WalSurvey, is_not_empty};
 use bytes::Bytes;
 use durovfs_wire::client::{CommitOutcome, FailureKind};
 use durovfs_wire::entry::PayloadBuilder;
@@ -500,13 +500,20 @@ impl Opener<'_> {
         if let Some((mark, state)) = existing {
             // Even a table that a crash left between two transactions knows pages never written.
             let table = mark.page_table();
-            let (checksum, pages) = content.checksums(Some((&table, state.page_count())))?;
-            let found = self.find_in_log(content, checksum, existing)?;
-            if found.is_some() {
-                return Ok((found, checksum, pages));
+            let table = Some((&table, state.page_count()));
+            // A file that shrank and grew again since the last checkpoint has old bytes on pages
+            // that no transaction wrote since: only what stands in the WAL behind the mark counts.
+            let is_since = |page_no, _: &[u8]| content.is_in_wal_since(state.wal, page_no);
+            let ways: [IsWritten<'_>; 2] = [&is_since, &is_not_empty];
+            for is_written in ways {
+                let (checksum, pages) = content.checksums(table, is_written)?;
+                let found = self.find_in_log(content, checksum, existing)?;
+                if found.is_some() {
+                    return Ok((found, checksum, pages));
+                }
             }
         }
-        let (checksum, pages) = content.checksums(None)?;
+        let (checksum, pages) = content.checksums(None, &is_not_empty)?;
         let found = self.find_in_log(content, checksum, existing)?;
         Ok((found, checksum, pages))
     }

@@ -72,6 +72,14 @@ impl DatabaseHeader {
     }
 }
 
+/// Whether a page, that has this image in the file, was written by a transaction.
+pub type IsWritten<'a> = &'a dyn Fn(PageNo, &[u8]) -> bool;
+
+/// Whether a page has content: one without may be a page that no transaction wrote.
+pub fn is_not_empty(_: PageNo, image: &[u8]) -> bool {
+    image.iter().any(|byte| *byte != 0)
+}
+
 /// The committed part of a WAL.
 #[derive(Debug, Clone)]
 pub struct WalSurvey {
@@ -270,15 +278,27 @@ impl<'a> Content<'a> {
         Ok(())
     }
 
+    /// Whether the WAL has a page behind a position: frames of an older WAL are before all of it.
+    pub fn is_in_wal_since(&self, position: Option<WalPosition>, page_no: PageNo) -> bool {
+        let Some((_, survey)) = self.wal else {
+            return false;
+        };
+        let before = position.filter(|position| position.salts == survey.header.salts);
+        let before = before.map_or(0, |position| position.frame);
+        let frame = survey.pages.get(&page_no);
+        frame.is_some_and(|frame| *frame > before)
+    }
+
     /// Checksums of all pages, and their sum. A page that `table` does not know was never written
     /// by a transaction (SQLite freed it before), so that whatever the file has there is not part
-    /// of the database; without a table an empty page is taken for one of these.
+    /// of the database. Where there is no table, `is_written` decides.
     ///
     /// # Errors
     /// When a page cannot be read.
     pub fn checksums(
         &self,
         table: Option<(&PageTable, u32)>,
+        is_written: IsWritten<'_>,
     ) -> Result<(DatabaseChecksum, PageChanges), Refusal> {
         let mut sum = DatabaseChecksum::EMPTY;
         let mut pages = PageChanges::new();
@@ -287,7 +307,7 @@ impl<'a> Content<'a> {
                 Some((table, count)) if page_no.get() <= count => {
                     table.read(page_no)? == PageChecksum::default()
                 }
-                _ => image.iter().all(|byte| *byte == 0),
+                _ => !is_written(page_no, image),
             };
             if !skipped {
                 let checksum = PageChecksum::of(page_no, image);

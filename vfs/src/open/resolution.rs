@@ -8,7 +8,7 @@ use crate::deferred;
 use crate::error::Refusal;
 use crate::file::BaseFile;
 use crate::mark::{KnownTransaction, MarkState, with_suffix};
-use crate::survey::{Content, WalSurvey};
+use crate::survey::{Content, WalSurvey, is_not_empty};
 use durovfs_wire::LogPosition;
 use durovfs_wire::resolution::{RESOLUTION_SUFFIX, Resolution};
 use std::path::Path;
@@ -53,7 +53,7 @@ impl Opener<'_> {
             page_count: last.commit.page_count,
         });
         let position = end.map_or(LogPosition::ZERO, |last| last.position);
-        let (checksum, pages) = content.checksums(None)?;
+        let (checksum, pages) = content.checksums(None, &is_not_empty)?;
         let found = (
             checksum,
             content.header.page_size,
