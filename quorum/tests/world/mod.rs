@@ -194,7 +194,7 @@ impl World {
             rng: ChaCha8Rng::seed_from_u64(seed),
             fault,
             changes: match fault {
-                Fault::None => seed % 2 == 1,
+                Fault::None => seed % 4 == 3,
                 fault => fault == Fault::AnyIdentity,
             },
             hosts: (0..HOST_COUNT).map(|_| Host::new(&membership)).collect(),
