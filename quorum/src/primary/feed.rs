@@ -294,6 +294,9 @@ impl Primary {
                 // It was ours: somebody is taking over.
                 self.fence(*promised);
             }
+            // Its machine began anew and knows no primary: that is what it says to the appends that
+            // were under way, and no refusal of the epoch.
+            RejectReason::Fenced { .. } if state.standing == Standing::Troubled => {}
             RejectReason::Alive { .. } if !had_promised => self.refused(node, self.epoch),
             RejectReason::Fenced { promised } if !had_promised => self.refused(node, *promised),
             RejectReason::Storage { .. } => {

@@ -670,6 +670,22 @@ fn a_replica_in_trouble_is_left_alone_until_it_is_tried_again() {
     ));
 }
 
+// If this failed, three full disks would look like another primary: the application would be told
+// that somebody took over, when the disks only have to be mended.
+#[test]
+fn replicas_in_trouble_do_not_pass_for_ones_that_refuse_the_epoch() {
+    let mut primary = leading();
+    for name in ["a", "b", "c"] {
+        let message = "full".to_owned();
+        reject(&mut primary, name, 1, RejectReason::Storage { message });
+        // To an append that was under way when its machine began anew.
+        reject(&mut primary, name, 1, fenced(1));
+    }
+    assert_eq!(primary.state(), PrimaryState::Leading);
+    let refused = primary.node_progress(&node("a")).and_then(|a| a.refused);
+    assert_eq!(refused, None);
+}
+
 // If this failed, losing committed entries would go unseen: a node that stops is better.
 #[test]
 #[should_panic(expected = "a quorum lost committed entries")]

@@ -369,8 +369,12 @@ impl Node {
             tracing::error!(%node, name = %db.name, %violation, "a replica broke the protocol");
             return;
         }
-        note_feed(db, node, &message);
         self.drive_primary(database);
+        // After the machine stopped the feed: why it refuses must not be overwritten, or it would
+        // never be tried again.
+        if let Some(db) = self.primaries.get_mut(&database) {
+            note_feed(db, node, &message);
+        }
         if matches!(message, ReplicaMessage::Ack { .. }) {
             self.pump_feed(database, node);
         }

@@ -1,7 +1,7 @@
 //! What clients ask for, other than commits: opening, resolving, reading the log, status.
 
 use super::event::{ClientGrant, Permit, SessionId};
-use super::node::Node;
+use super::node::{Node, new_claimant};
 use super::opening::{Opening, Waiter, Want};
 use super::outbox::Outbox;
 use super::primary::{CommitRequest, CommitWaiter, PrimaryDatabase};
@@ -242,14 +242,24 @@ impl Node {
                 .pending
                 .iter_mut()
                 .find(|pending| pending.summary.commit.origin == origin)
-            && !pending.waiters.is_empty()
         {
-            // It is on its way: whoever waits is told with the others.
-            pending.waiters.push(CommitWaiter {
-                outbox: waiter.outbox,
-                sequence: request,
-            });
-            return;
+            if !pending.waiters.is_empty() {
+                // It is on its way: whoever waits is told with the others.
+                pending.waiters.push(CommitWaiter {
+                    outbox: waiter.outbox,
+                    sequence: request,
+                });
+                return;
+            }
+            // Told to be unknown while one before it still waits. The log does not have it, and may
+            // yet: only a burial makes either certain.
+            if db.machine.state() == PrimaryState::Leading {
+                db.claimant = new_claimant();
+                db.restarted = false;
+                db.machine.start_bury(db.claimant);
+                db.waiters.push(waiter);
+                return self.drive_primary(database);
+            }
         }
         if let PrimaryState::Fenced { .. } = db.machine.state() {
             return fail_waiter(waiter, FailureKind::NotPrimary, &db.fenced_reason());

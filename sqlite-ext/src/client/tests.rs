@@ -135,6 +135,27 @@ fn a_commit_whose_answer_was_lost_is_found_committed_and_not_sent_again() {
 }
 
 #[test]
+fn a_commit_that_the_log_cannot_tell_of_any_more_is_unknown() {
+    // Broken if not: a commit that is in the log is told to be certainly not committed, when its
+    // answer was lost and the log has gone on, and dropped it, before it was asked for.
+    let mut sidecar = FakeSidecar::start();
+    let client = client(&sidecar);
+    let database = opened(&client, "app");
+    sidecar.set_mode(Mode::CommitAndDie);
+    let outcome = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| commit(&client, database, PATIENT));
+        sidecar.await_death();
+        sidecar.set_mode(Mode::Forgetful);
+        sidecar.run();
+        waiting.join().unwrap()
+    });
+    assert!(
+        matches!(outcome, CommitOutcome::Unknown { .. }),
+        "{outcome:?}"
+    );
+}
+
+#[test]
 fn a_commit_that_was_lost_with_the_sidecar_is_certainly_not_committed() {
     // Broken if not: the application hears "unknown" where "not committed" is certain, or the
     // commit is sent a second time on its own.

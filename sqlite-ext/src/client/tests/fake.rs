@@ -4,7 +4,7 @@ use bytes::Bytes;
 use durovfs_link::authority::{self, CA_CERTIFICATE_FILE};
 use durovfs_link::{Connection, Endpoint, FrameSender, Identity, Profile};
 use durovfs_wire::client::{ClientMessage, CommitOutcome, SidecarMessage};
-use durovfs_wire::entry::{Origin, PartHeader, PartKind};
+use durovfs_wire::entry::{Origin, PartHeader, PartKind, TransactionSummary};
 use durovfs_wire::position::Timestamp;
 use durovfs_wire::{ClientId, DatabaseId, Epoch, Frame, LogPosition, Lsn, NodeName};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -29,6 +29,8 @@ pub enum Mode {
     Silent,
     /// Says several times that it works on it, at this interval in milliseconds, then commits.
     Progress(u64),
+    /// Answers that its log has gone on, and dropped what would tell, when it is asked.
+    Forgetful,
     /// Commits, and gives up the stream that it came on.
     CommitAndResetStream,
 }
@@ -358,6 +360,12 @@ impl Session {
                 reason: "resolved before it was opened".to_owned(),
             };
         }
+        if state.mode == Some(Mode::Forgetful) {
+            let position = LogPosition::new(Epoch::new(1), Lsn::new(99));
+            let commit = super::header(origin);
+            let last_transaction = TransactionSummary { position, commit };
+            return CommitOutcome::Behind { last_transaction };
+        }
         match state.committed.get(&origin) {
             Some(position) => CommitOutcome::Committed {
                 position: *position,
@@ -395,7 +403,7 @@ impl Session {
                 .await;
         }
         match mode {
-            Mode::Answer => self.commit_and_say(database, origin).await,
+            Mode::Answer | Mode::Forgetful => self.commit_and_say(database, origin).await,
             Mode::CommitAndDie => {
                 self.insert(origin);
                 self.die.send(()).unwrap();
