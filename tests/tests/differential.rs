@@ -155,8 +155,8 @@ fn databases(directory: &Path) -> Vec<PathBuf> {
 }
 
 /// A database with its WAL folded in, where a read-only connection was the last to close it. Its
-/// last page may be short: a backup of an empty database over one with larger pages leaves that;
-/// SQLite reads zeros there, and the log has whole pages.
+/// last page may be short, or bytes stand behind it: a backup of an empty database over one with
+/// pages of another size leaves that. SQLite goes by the header's count, and so does the log.
 fn whole_pages(database: &Path, scratch: &Path) -> Vec<u8> {
     let mut bytes = if beside(database, "-wal").exists() {
         image_of(database, scratch)
@@ -164,7 +164,14 @@ fn whole_pages(database: &Path, scratch: &Path) -> Vec<u8> {
         std::fs::read(database).expect("read a database")
     };
     let page_bytes = page_size(&bytes).get();
-    bytes.resize(bytes.len().next_multiple_of(page_bytes), 0);
+    let word = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
+    let counted = word(24) == word(92) && word(28) != 0;
+    let pages = if counted {
+        word(28) as usize
+    } else {
+        bytes.len().div_ceil(page_bytes)
+    };
+    bytes.resize(pages * page_bytes, 0);
     bytes
 }
 
