@@ -163,6 +163,10 @@ impl DatabaseState {
 /// A record as it is stored: the header in postcard encoding (the order of the variants is part of
 /// the format); the payload of a part follows it as raw bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one at a time, on the stack, while it is written or read"
+)]
 pub(crate) enum Stored {
     /// Says that all before it is durable, when nothing else came that would say so.
     Mark,

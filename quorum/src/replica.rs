@@ -78,6 +78,10 @@ pub enum AppendVerdict {
 
 /// What the driver is to do, in this order.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a few at a time, each taken as soon as it is there"
+)]
 pub enum ReplicaEffect {
     /// Write the promise to the journal, and call [`Replica::handle_promise_persisted`] when it,
     /// and all that was written before it, is synced.

@@ -39,48 +39,33 @@ impl Writer {
                     break;
                 }
             };
-            match self.add_moved(batch, part) {
-                Ok(added) => batch = added,
-                Err((added, error)) => {
-                    tracing::warn!(%error, "an entry could not be moved");
-                    batch = added;
-                    break;
-                }
+            if let Err(error) = self.add_moved(&mut batch, part) {
+                tracing::warn!(%error, "an entry could not be moved");
+                break;
             }
         }
         self.flush(batch);
         self.delete_unneeded();
     }
 
-    fn add_moved(
-        &mut self,
-        mut batch: Batch,
-        part: EntryPart,
-    ) -> Result<Batch, (Batch, JournalError)> {
+    fn add_moved(&mut self, batch: &mut Batch, part: EntryPart) -> Result<(), JournalError> {
         let database = part.header.database;
         let stored = Stored::Moved(part.header);
-        let header = match postcard::to_stdvec(&stored) {
-            Ok(header) => header,
-            Err(error) => {
-                let detail = error.to_string();
-                return Err((batch, JournalError::Refused { database, detail }));
-            }
-        };
+        let header = postcard::to_stdvec(&stored).map_err(|error| {
+            let detail = error.to_string();
+            JournalError::Refused { database, detail }
+        })?;
         let mut encoded = Encoded {
             records: Vec::new(),
             bytes: record_bytes(header.len(), part.payload.len()),
             has_parts: true,
         };
-        loop {
-            match self.make_room(&batch, &encoded) {
-                Ok(true) => break,
-                Ok(false) => batch = self.flush(batch),
-                Err(error) => return Err((batch, error)),
-            }
+        while !self.make_room(batch, &encoded)? {
+            *batch = self.flush(std::mem::take(batch));
         }
         encoded.records.clear();
-        self.push_record(&mut batch, stored, &header, &part.payload);
-        Ok(batch)
+        self.push_record(batch, stored, &header, &part.payload);
+        Ok(())
     }
 
     /// The parts of the next entries to be moved, if there are any and it is worth it.

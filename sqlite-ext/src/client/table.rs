@@ -25,6 +25,10 @@ const REOPEN_TIMEOUT_MS: u64 = 30_000;
 
 /// What a caller is told.
 #[derive(Debug)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "made once and moved to the caller that waits for it"
+)]
 pub(super) enum Answer {
     /// What the sidecar said.
     Message(SidecarMessage),
