@@ -281,7 +281,7 @@ fn another_version_and_another_process_are_refused_by_name() {
     let expected = JournalError::UnsupportedVersion {
         segment: name,
         got: 9,
-        supported: 2,
+        supported: crate::format::FORMAT_VERSION,
     };
     assert_eq!(try_open(&disk).err(), Some(expected));
 

@@ -177,6 +177,9 @@ impl Primary {
 
     /// A replica that has less than it acked in this epoch lost synced writes: an old copy of its
     /// disk was put back, or the disk lies. It is left alone.
+    ///
+    /// What is archived does not count: a log that begins anew behind the archive acks the archived
+    /// position without having it on disk, and has less again when that could not be written.
     fn check_memory(
         &mut self,
         node: &NodeName,
@@ -185,6 +188,7 @@ impl Primary {
         let (Stage::Starting { start, .. } | Stage::Leading { start }) = self.stage else {
             return Ok(());
         };
+        let archive_lsn = self.archive_lsn();
         let Some(state) = self.nodes.get_mut(node) else {
             return Ok(());
         };
@@ -192,6 +196,7 @@ impl Primary {
         if promise.mending
             || state.replica != Some(promise.replica)
             || acked_lsn < start.lsn
+            || acked_lsn <= archive_lsn
             || promise.last >= LogPosition::new(start.epoch, acked_lsn)
         {
             return Ok(());

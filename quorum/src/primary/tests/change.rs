@@ -392,3 +392,25 @@ fn a_replica_with_less_than_it_acked_is_left_alone() {
     let progress = primary.node_progress(&node("a")).unwrap();
     assert!(progress.forgot && !progress.feeding && !progress.promised);
 }
+
+// If this failed, a healthy replica whose new beginning behind the archive could not be written
+// would be left alone for good.
+#[test]
+fn an_archived_entry_that_a_replica_has_no_more_is_no_loss() {
+    let mut primary = leading();
+    append(&mut primary);
+    for name in ["a", "b", "c"] {
+        ack(&mut primary, name, 1, 2);
+    }
+    primary.handle_archived(Lsn::new(2));
+    primary.handle_disconnected(&node("a"));
+    primary.handle_connected(&node("a"));
+    let promise = Promise {
+        replica: replica("a"),
+        ..promise(&primary, 0, &[(1, 1)], 1)
+    };
+    let result = primary.handle_message(&node("a"), &ReplicaMessage::Promised(promise));
+    assert_eq!(result, Ok(()));
+    let progress = primary.node_progress(&node("a")).unwrap();
+    assert!(progress.promised && progress.feeding && !progress.forgot);
+}
