@@ -208,6 +208,8 @@ struct Inner {
     host: &'static Host,
     real: *mut sqlite3_file,
     kind: Kind,
+    /// Of an unprotected database: where the name of its WAL is.
+    unprotected_wal_name: usize,
     process: u32,
 }
 

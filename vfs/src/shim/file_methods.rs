@@ -95,7 +95,11 @@ pub(super) unsafe extern "C" fn x_close(file: *mut sqlite3_file) -> c_int {
         match &inner.kind {
             Kind::Wal(connection) => locked(connection).detach_wal(),
             Kind::Database(connection) => inner.host.databases.remove(connection),
-            Kind::Plain | Kind::Journal | Kind::Unprotected(_) => {}
+            Kind::Unprotected(_) => {
+                let name = inner.unprotected_wal_name;
+                inner.host.databases.remove_unprotected(name);
+            }
+            Kind::Plain | Kind::Journal => {}
         }
         // SAFETY: ours; after this SQLite does not touch it.
         unsafe { (*file).pMethods = std::ptr::null() };

@@ -7,9 +7,14 @@ use crate::mark::with_suffix;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
 
-/// The protected databases that are open in one host.
+/// The databases that are open in one host.
 #[derive(Default)]
-pub(super) struct OpenDatabases(Mutex<Vec<Entry>>);
+pub(super) struct OpenDatabases {
+    protected: Mutex<Vec<Entry>>,
+    /// Names, as [`Entry::wal_name`], of connections that are not protected (read-only ones): their
+    /// WAL is no other connection's, though its path is the same.
+    unprotected: Mutex<Vec<usize>>,
+}
 
 struct Entry {
     /// Where SQLite keeps the name that it opens this connection's WAL with. Two connections to
@@ -34,7 +39,7 @@ impl OpenDatabases {
     pub(super) fn add(&self, wal_name: usize, path: &Path, connection: &Arc<Mutex<Connection>>) {
         let (wal_path, journal_path) = (with_suffix(path, "-wal"), with_suffix(path, "-journal"));
         let connection = Arc::downgrade(connection);
-        locked(&self.0).push(Entry {
+        locked(&self.protected).push(Entry {
             wal_name,
             wal_path,
             journal_path,
@@ -42,22 +47,38 @@ impl OpenDatabases {
         });
     }
 
+    pub(super) fn add_unprotected(&self, wal_name: usize) {
+        locked(&self.unprotected).push(wal_name);
+    }
+
+    pub(super) fn remove_unprotected(&self, wal_name: usize) {
+        let mut open = locked(&self.unprotected);
+        if let Some(index) = open.iter().position(|open| *open == wal_name) {
+            open.swap_remove(index);
+        }
+    }
+
     pub(super) fn remove(&self, connection: &Arc<Mutex<Connection>>) {
         let closed = Arc::as_ptr(connection);
-        locked(&self.0).retain(|open| !std::ptr::eq(open.connection.as_ptr(), closed));
+        locked(&self.protected).retain(|open| !std::ptr::eq(open.connection.as_ptr(), closed));
     }
 
     /// Whether a rollback journal belongs to one of them.
     pub(super) fn has_journal(&self, path: &Path) -> bool {
-        locked(&self.0).iter().any(|open| open.journal_path == path)
+        locked(&self.protected)
+            .iter()
+            .any(|open| open.journal_path == path)
     }
 
     /// The owner of a WAL: by the place of its name, or, when that was copied, by its path.
     pub(super) fn owner_of(&self, wal_name: usize, wal_path: &Path) -> Owner {
-        let open = locked(&self.0);
+        let open = locked(&self.protected);
         let by_name = open.iter().find(|open| open.wal_name == wal_name);
         if let Some(connection) = by_name.and_then(|open| open.connection.upgrade()) {
             return Owner::Connection(connection);
+        }
+        if locked(&self.unprotected).contains(&wal_name) {
+            return Owner::None;
         }
         let mut by_path = open
             .iter()

@@ -2,7 +2,7 @@
 //! all else goes to the host's VFS.
 
 use super::file_methods::methods_for;
-use super::{Inner, ShimFile, file_bytes, guarded, host_of, kind_of};
+use super::{Inner, Kind, ShimFile, file_bytes, guarded, host_of, kind_of};
 use crate::connection::LogLevel;
 use crate::ffi::text;
 use crate::mark::note_wal_ended;
@@ -57,10 +57,17 @@ pub(super) unsafe extern "C" fn x_open(
                 return code;
             }
         };
+        let mut unprotected_wal_name = 0;
+        if let Kind::Unprotected(_) = kind {
+            // SAFETY: the name of a main database.
+            unprotected_wal_name = unsafe { host.api.filename_wal(name) } as usize;
+            host.databases.add_unprotected(unprotected_wal_name);
+        }
         let inner = Box::new(Inner {
             host,
             real,
             kind,
+            unprotected_wal_name,
             process: std::process::id(),
         });
         let methods = methods_for(host, real);
