@@ -17,7 +17,7 @@ const PARTS_AHEAD: usize = 2;
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Reads entries on a blocking thread.
-fn read_parts(
+pub fn read_parts(
     journal: &Journal,
     database: DatabaseId,
     first_lsn: Lsn,

@@ -28,7 +28,7 @@ const FIND_PATIENCE: Duration = Duration::from_secs(1);
 /// another node is the primary. Spread over longer than a dead primary counts as alive.
 const CLAIMS_MAX: u32 = 12;
 
-/// Who waits for the log to be open, until when.
+/// Who waits for the log to be open, and for our own journal to have what is asked for, until when.
 pub struct Waiter {
     /// Where the answer goes.
     pub outbox: Outbox,
@@ -36,6 +36,9 @@ pub struct Waiter {
     pub want: Want,
     /// When to give up.
     pub deadline: Option<Instant>,
+    /// Where the log ended when it was open and this was waiting; none before. A quorum has all of
+    /// it; our own journal may have it only later, and the answer may be in it.
+    pub through_lsn: Option<Lsn>,
 }
 
 /// What a [`Waiter`] wants.
@@ -49,6 +52,8 @@ pub enum Want {
         origin: Origin,
         base_lsn: Lsn,
     },
+    /// Answer to `ReadLog`, on a stream of its own.
+    ReadLog { first_lsn: Lsn, pages: bool },
 }
 
 /// A client's `Open`.
@@ -68,8 +73,14 @@ impl Waiter {
     fn opening(&self) -> Option<Opening> {
         match self.want {
             Want::Open(opening) => Some(opening),
-            Want::Resolve { .. } => None,
+            Want::Resolve { .. } | Want::ReadLog { .. } => None,
         }
+    }
+
+    /// Whether it can be answered. The log is open, and our own journal has this much of it.
+    pub fn is_ready(&mut self, commit_lsn: Lsn, written_lsn: Lsn) -> bool {
+        let through_lsn = *self.through_lsn.get_or_insert(commit_lsn);
+        matches!(self.want, Want::Open(_)) || written_lsn >= through_lsn
     }
 
     /// Whether its time is over.

@@ -572,6 +572,7 @@ impl Node {
         }
         if complete {
             self.pump_feeds(database);
+            self.answer_waiters(database);
         }
     }
 

@@ -204,7 +204,7 @@ impl Node {
         self.release_held(database);
     }
 
-    /// Answers everybody who waited for the log to be open.
+    /// Answers everybody who waited for the log to be open, once our own journal has what is asked.
     pub fn answer_waiters(&mut self, database: DatabaseId) {
         let Some(db) = self.primaries.get_mut(&database) else {
             return;
@@ -212,9 +212,15 @@ impl Node {
         if !db.is_open() {
             return;
         }
-        let mut archived = Vec::new();
-        for waiter in std::mem::take(&mut db.waiters) {
+        let (commit_lsn, written_lsn) = (db.machine.commit_lsn(), db.written_lsn);
+        let is_ready = |waiter: &mut Waiter| waiter.is_ready(commit_lsn, written_lsn);
+        let ready: Vec<Waiter> = db.waiters.extract_if(.., is_ready).collect();
+        let (mut archived, mut readings) = (Vec::new(), Vec::new());
+        for waiter in ready {
             match waiter.want {
+                Want::ReadLog { first_lsn, pages } => {
+                    readings.push((waiter.outbox, first_lsn, pages));
+                }
                 Want::Open(opening) => waiter.outbox.answer(&db.opened_message(opening)),
                 Want::Resolve {
                     request,
@@ -245,6 +251,9 @@ impl Node {
         }
         for (outbox, commit) in archived {
             self.resolve_from_archive(outbox, commit);
+        }
+        for (outbox, first_lsn, pages) in readings {
+            self.read_log(&outbox, database, first_lsn, pages);
         }
     }
 
@@ -506,11 +515,18 @@ fn note_feed(db: &mut PrimaryDatabase, node: &NodeName, message: &ReplicaMessage
 
 /// Tells one who waits that it will not be.
 pub fn fail_waiter(waiter: Waiter, kind: FailureKind, message: &str) {
-    let (Want::Open(Opening { request, .. }) | Want::Resolve { request, .. }) = waiter.want;
-    waiter.outbox.answer(&SidecarMessage::Failed {
-        request,
-        kind,
-        message: message.to_owned(),
+    let message = message.to_owned();
+    waiter.outbox.answer(&match waiter.want {
+        Want::Open(Opening { request, .. }) | Want::Resolve { request, .. } => {
+            SidecarMessage::Failed {
+                request,
+                kind,
+                message,
+            }
+        }
+        Want::ReadLog { .. } => SidecarMessage::LogEnd {
+            error: Some(message),
+        },
     });
 }
 

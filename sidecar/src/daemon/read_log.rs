@@ -9,7 +9,7 @@ use bytes::Bytes;
 use durovfs_archive::listing::Listing;
 use durovfs_archive::store::Store;
 use durovfs_archive::{RestoreError, entries};
-use durovfs_journal::Journal;
+use durovfs_journal::{Journal, JournalError};
 use durovfs_wire::client::{CommitOutcome, SidecarMessage};
 use durovfs_wire::entry::{Origin, TransactionSummary};
 use durovfs_wire::{DatabaseId, Lsn, PartHeader, PartKind};
@@ -24,8 +24,8 @@ const PARTS_AHEAD: usize = 2;
 const SUMMARIES_AHEAD: usize = 256;
 /// How often a client is told that the next part takes a while.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
-/// Rounds in which the archive is read on because our own journal dropped more meanwhile.
-const ROUNDS_MAX: usize = 8;
+/// Times that a reading goes on in the archive, or in our own journal, where the other ended.
+const ROUNDS_MAX: usize = 16;
 
 /// One reading.
 struct Reading {
@@ -58,12 +58,9 @@ impl Node {
             last_lsn: db.machine.commit_lsn().min(db.written_lsn),
             outbox: outbox.clone(),
         };
-        if pages && (first_lsn > reading.last_lsn || first_lsn >= reading.first_held()) {
-            return reading.answer_from_journal();
-        }
         tokio::task::spawn_local(async move {
             let result = if pages {
-                reading.through_archive().await
+                reading.entries().await
             } else {
                 reading.summaries().await
             };
@@ -142,23 +139,7 @@ impl Reading {
         state.map_or(self.last_lsn.next(), |state| state.first_lsn)
     }
 
-    fn answer_from_journal(self) {
-        if self.next_lsn > self.last_lsn {
-            let end = SidecarMessage::LogEnd { error: None };
-            return self.outbox.answer(&end);
-        }
-        bulk::spawn_answer(
-            &self.journal,
-            self.database,
-            (self.next_lsn, self.last_lsn),
-            self.outbox,
-            |part| SidecarMessage::LogPart { part },
-            |error| SidecarMessage::LogEnd { error },
-        );
-    }
-
-    async fn end(&self, error: String) -> Result<(), Gone> {
-        let error = Some(error);
+    async fn end(&self, error: Option<String>) -> Result<(), Gone> {
         self.say(&SidecarMessage::LogEnd { error }, Bytes::new())
             .await
     }
@@ -171,21 +152,46 @@ impl Reading {
     }
 
     /// The archive up to where our own journal begins, then the journal. Nothing lies between: the
-    /// journal is asked anew where it begins after each reading of the archive.
-    async fn through_archive(mut self) -> Result<(), Gone> {
+    /// journal is asked anew where it begins after each reading, and what it drops while it is read
+    /// is in the archive by then.
+    async fn entries(mut self) -> Result<(), Gone> {
         for _ in 0..ROUNDS_MAX {
-            let first_held = self.first_held();
-            if self.next_lsn >= first_held {
-                self.answer_from_journal();
-                return Ok(());
+            if self.next_lsn > self.last_lsn {
+                return self.end(None).await;
             }
-            let through_lsn = first_held.previous().unwrap_or(Lsn::ZERO);
-            if let Err(error) = self.archive_round(through_lsn).await? {
-                return self.end(error).await;
+            let first_held = self.first_held();
+            let round = if self.next_lsn >= first_held {
+                self.journal_round().await?
+            } else {
+                let through_lsn = first_held.previous().unwrap_or(Lsn::ZERO);
+                self.archive_round(through_lsn).await?
+            };
+            if let Err(error) = round {
+                return self.end(Some(error)).await;
             }
         }
-        let error = "the journal drops entries faster than the archive is read: try again";
-        self.end(error.to_owned()).await
+        let error = "the journal drops entries faster than they are read: try again";
+        self.end(Some(error.to_owned())).await
+    }
+
+    /// Reads our own journal, to the end or as far as it still holds what is read.
+    async fn journal_round(&mut self) -> Result<Result<(), String>, Gone> {
+        let (first_lsn, last_lsn) = (self.next_lsn, self.last_lsn);
+        let mut parts = bulk::read_parts(&self.journal, self.database, first_lsn, last_lsn);
+        while let Some(part) = parts.recv().await {
+            let part = match part {
+                Ok(part) => part,
+                Err(JournalError::Gone { .. }) => break,
+                Err(error) => return Ok(Err(error.to_string())),
+            };
+            let header = part.header;
+            let message = SidecarMessage::LogPart { part: header };
+            self.say(&message, part.payload).await?;
+            if header.is_last() {
+                self.next_lsn = header.lsn.next();
+            }
+        }
+        Ok(Ok(()))
     }
 
     /// Reads the archive through an entry.
@@ -258,7 +264,7 @@ impl Reading {
             let listing = Listing::load_log(&*store, &self.name, self.database);
             let listing = match listing.await {
                 Ok(listing) => listing,
-                Err(error) => return self.end(error.to_string()).await,
+                Err(error) => return self.end(Some(error.to_string())).await,
             };
             let (sender, mut found) = mpsc::channel(SUMMARIES_AHEAD);
             let first_lsn = self.next_lsn;
@@ -274,18 +280,23 @@ impl Reading {
             }
             match task.await.map_err(|error| error.to_string()) {
                 Ok(Ok(next)) => self.next_lsn = next.max(first_lsn),
-                Ok(Err(error)) => return self.end(error.to_string()).await,
-                Err(error) => return self.end(error).await,
+                Ok(Err(error)) => return self.end(Some(error.to_string())).await,
+                Err(error) => return self.end(Some(error)).await,
             }
         }
-        let held = self
-            .journal
-            .transactions(self.database, self.next_lsn, self.last_lsn);
-        for summary in held {
-            self.say_summary(summary).await?;
+        loop {
+            // As many as the journal tells at a time.
+            let held = self
+                .journal
+                .transactions(self.database, self.next_lsn, self.last_lsn);
+            let Some(last) = held.last() else {
+                return self.end(None).await;
+            };
+            self.next_lsn = last.position.lsn.next();
+            for summary in held {
+                self.say_summary(summary).await?;
+            }
         }
-        let end = SidecarMessage::LogEnd { error: None };
-        self.say(&end, Bytes::new()).await
     }
 
     async fn say_summary(&self, summary: TransactionSummary) -> Result<(), Gone> {

@@ -14,6 +14,9 @@ use durovfs_wire::entry::Origin;
 use durovfs_wire::{DatabaseId, Lsn, NodeName};
 use std::time::{Duration, Instant};
 
+/// Longest wait of a reading for our own journal: as long as a client's stream may stand still.
+const READ_PATIENCE: Duration = Duration::from_secs(10);
+
 impl Node {
     /// A client says something.
     pub fn handle_from_client(
@@ -25,6 +28,33 @@ impl Node {
         (payload, permit): (Bytes, Permit),
     ) {
         match message {
+            ClientMessage::Open { .. }
+            | ClientMessage::Resolve { .. }
+            | ClientMessage::ReadLog { .. } => self.handle_patient(grant, outbox, message),
+            ClientMessage::Pages { .. }
+            | ClientMessage::Abort { .. }
+            | ClientMessage::Commit { .. } => {
+                self.handle_write(session, grant, outbox, message, (payload, permit));
+            }
+            ClientMessage::Replace {
+                request,
+                name,
+                old,
+                new,
+            } => self.handle_replace(grant, outbox, request, (&name, &old, &new)),
+            question => self.handle_question(grant, outbox, question),
+        }
+    }
+
+    /// A client asks what only an open log can answer.
+    fn handle_patient(&mut self, grant: &ClientGrant, outbox: &Outbox, message: ClientMessage) {
+        let waiter = |want, deadline| Waiter {
+            outbox: outbox.clone(),
+            want,
+            deadline,
+            through_lsn: None,
+        };
+        match message {
             ClientMessage::Open {
                 request,
                 name,
@@ -33,19 +63,13 @@ impl Node {
                 must_exist,
                 timeout_ms,
             } => {
-                let (outbox, deadline) = (outbox.clone(), deadline(timeout_ms));
                 let want = Want::Open(Opening {
                     request,
                     known,
                     force,
                     must_exist,
                 });
-                let waiter = Waiter {
-                    outbox,
-                    want,
-                    deadline,
-                };
-                self.handle_open(grant, waiter, name);
+                self.handle_open(grant, waiter(want, deadline(timeout_ms)), name);
             }
             ClientMessage::Resolve {
                 request,
@@ -59,26 +83,19 @@ impl Node {
                     origin,
                     base_lsn,
                 };
-                let (outbox, deadline) = (outbox.clone(), deadline(timeout_ms));
-                let waiter = Waiter {
-                    outbox,
-                    want,
-                    deadline,
-                };
-                self.handle_resolve(grant, waiter, database);
+                self.handle_resolve(grant, waiter(want, deadline(timeout_ms)), database);
             }
-            ClientMessage::Pages { .. }
-            | ClientMessage::Abort { .. }
-            | ClientMessage::Commit { .. } => {
-                self.handle_write(session, grant, outbox, message, (payload, permit));
+            ClientMessage::ReadLog {
+                database,
+                first_lsn,
+                pages,
+            } => {
+                let want = Want::ReadLog { first_lsn, pages };
+                let deadline = Instant::now().checked_add(READ_PATIENCE);
+                self.handle_read_log(grant, waiter(want, deadline), database);
             }
-            ClientMessage::Replace {
-                request,
-                name,
-                old,
-                new,
-            } => self.handle_replace(grant, outbox, request, (&name, &old, &new)),
-            question => self.handle_question(grant, outbox, question),
+            // The caller takes everything else.
+            _ => {}
         }
     }
 
@@ -164,18 +181,6 @@ impl Node {
                 outbox.answer(&SidecarMessage::Welcome {
                     node: self.name().clone(),
                 });
-            }
-            ClientMessage::ReadLog {
-                database,
-                first_lsn,
-                pages,
-            } => {
-                if self.may_use(grant, database) {
-                    self.read_log(outbox, database, first_lsn, pages);
-                } else {
-                    let error = Some("the database is not open at this sidecar".to_owned());
-                    outbox.answer(&SidecarMessage::LogEnd { error });
-                }
             }
             ClientMessage::NodeStatus { request } => {
                 let status = self.node_status(Some(grant));
@@ -268,6 +273,23 @@ impl Node {
         self.answer_waiters(database);
     }
 
+    /// A reading ends where the log ended when it was asked for, or later: an opener was told that
+    /// end, and its file must reach it.
+    fn handle_read_log(&mut self, grant: &ClientGrant, waiter: Waiter, database: DatabaseId) {
+        if !self.may_use(grant, database) {
+            let message = "the database is not open at this sidecar";
+            return fail_waiter(waiter, FailureKind::UnknownDatabase, message);
+        }
+        let Some(db) = self.primaries.get_mut(&database) else {
+            return;
+        };
+        if let PrimaryState::Fenced { .. } = db.machine.state() {
+            return fail_waiter(waiter, FailureKind::NotPrimary, &db.fenced_reason());
+        }
+        db.waiters.push(waiter);
+        self.answer_waiters(database);
+    }
+
     /// Gives up on everything whose time is over.
     pub fn tick_waiters(&mut self, now: Instant) {
         let expired = |waiter: &Waiter| waiter.is_expired(now);
@@ -284,7 +306,10 @@ impl Node {
             let Some(db) = self.primaries.get_mut(&database) else {
                 continue;
             };
-            let missing = missing.unwrap_or_else(|| "its replicas did not promise".to_owned());
+            let missing = missing.unwrap_or_else(|| match db.is_open() {
+                true => "the primary's own journal is behind its replicas".to_owned(),
+                false => "its replicas did not promise".to_owned(),
+            });
             let message = format!("{} cannot be opened: {missing}", db.name);
             for waiter in db.waiters.extract_if(.., |waiter| expired(waiter)) {
                 late.push((waiter, message.clone()));
