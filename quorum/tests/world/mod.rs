@@ -9,6 +9,7 @@ pub mod checker;
 pub mod disk;
 mod host;
 mod node;
+mod scenario;
 
 use checker::Checker;
 use disk::{Disk, Entry};
