@@ -30,8 +30,10 @@ impl Node {
             self.primary_journal
                 .transactions(database, state.first_lsn, last_lsn)
         });
+        // The last one a quorum has; our own journal may have it only later.
         let found = held
             .iter()
+            .chain(&db.last_transaction)
             .rev()
             .find(|summary| is_at_or_before(summary, when));
         // The first one held may not be the last one before the moment only if it is after it.
