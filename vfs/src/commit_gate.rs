@@ -269,6 +269,36 @@ impl Connection {
         Ok(())
     }
 
+    /// Writes a copy of the frame last committed, with which SQLite pads its commit. The log has the
+    /// transaction already, so the mark only notes that the WAL ends later.
+    pub(crate) fn repeat_commit_frame(&mut self, wal: &dyn BaseFile) -> Result<(), Refusal> {
+        let Some((offset, bytes)) = self.tap.held() else {
+            return Err(crate::mark::misuse("a copy of a frame that is not held"));
+        };
+        if let Err(refusal) = wal.write_at(bytes, offset) {
+            // The commit stands, and SQLite takes it back: nothing may build on that.
+            let message = format!(
+                "a commit is done, the local file could not take SQLite's padding: {refusal}"
+            );
+            self.poison(&message);
+            return Err(Refusal::new(RefusalKind::Unknown, message));
+        }
+        let end = self.tap.acknowledge();
+        // A crash before this leaves a WAL that ends later than the mark says, with the pages that
+        // the mark knows: the next open finds that.
+        let noted = self.mark.read().and_then(|state| {
+            self.mark.write(&MarkState {
+                wal: end.or(state.wal),
+                ..state
+            })
+        });
+        if let Err(refusal) = noted {
+            self.poison(&refusal.message);
+            self.noted(refusal);
+        }
+        Ok(())
+    }
+
     /// The file has the transaction. From here on SQLite must hear success: it recovers this commit
     /// from the WAL in any case.
     pub(crate) fn note_taken_over(&mut self, prepared: &Prepared, state: &MarkState) {

@@ -302,7 +302,9 @@ impl Connection {
         let step = self.tap.write(wal, offset, data);
         let step = step.map_err(|error| Refusal::not_committed(error.to_string()))?;
         if let Some(start) = self.tap.start()
-            && before != Some(start)
+            && (before != Some(start) || self.base.is_none())
+            && step != Step::Repeat
+            && !self.tap.awaits_repeat()
         {
             // Before the first byte of it is written.
             self.skips_wal_sync = false;
@@ -318,16 +320,17 @@ impl Connection {
                 write_pieces(wal, &pieces)?;
                 self.commit_wal_transaction(wal)
             }
+            Step::Repeat => self.repeat_commit_frame(wal),
         }
     }
 
     /// Whether a sync of the WAL is made: not between an acknowledged commit and the release of the
-    /// write lock.
+    /// write lock; in the middle of a copy of its last frame neither.
     ///
     /// # Errors
     /// When SQLite takes a transaction for written whose commit frame is still held.
     pub fn sync_wal(&mut self) -> Result<bool, Refusal> {
-        if self.tap.is_holding() {
+        if self.tap.is_holding() && !self.tap.awaits_repeat() {
             let refusal = Refusal::not_committed("commit frame without its page");
             self.abandon_wal_transaction();
             return Err(self.noted(refusal));
@@ -390,6 +393,7 @@ impl Connection {
     /// SQLite ended a transaction well (both modes).
     pub fn commit_ended(&mut self) {
         self.skips_wal_sync = false;
+        self.tap.commit_ended();
         if let Err(refusal) = self.finish_rollback_commit() {
             // The commit stays in flight in the mark; the next open finds out.
             self.poison(&refusal.message);

@@ -17,6 +17,9 @@
 //! - The frame last committed is never overwritten within its generation: a transaction's start is
 //!   compared with the mark before its first byte is written; here only the page that a savepoint
 //!   left in place is let through once more, as a write already made.
+//! - Where a VFS above hides that writes are powersafe, SQLite pads a commit to the end of the
+//!   sector with copies of its last frame, and syncs in the middle of one. A copy is no transaction:
+//!   it may not fail any more, and the log does not get it.
 
 use crate::error::Refusal;
 use crate::file::BaseFile;
@@ -60,6 +63,8 @@ pub enum Step {
     Pieces(Vec<(u64, Vec<u8>)>),
     /// Write the pieces, and commit; then, only if that is acknowledged, [`WalTap::held`].
     Complete(Vec<(u64, Vec<u8>)>),
+    /// Write [`WalTap::held`]: a copy of the frame last committed is whole.
+    Repeat,
 }
 
 /// A transaction whose completing write is held.
@@ -125,6 +130,7 @@ struct Held {
 struct Tail {
     end: WalPosition,
     page_size: PageSize,
+    page_count: u32,
     page_no: PageNo,
     page: PageChecksum,
 }
@@ -137,6 +143,8 @@ pub struct WalTap {
     partial: Option<Partial>,
     held: Option<Held>,
     tail: Option<Tail>,
+    /// From an acknowledged commit until SQLite ended it: its last frame may come again.
+    may_repeat: bool,
     builder: PayloadBuilder,
     ready: Vec<Bytes>,
     streamed_parts: u32,
@@ -165,8 +173,9 @@ impl WalTap {
         let mut at = offset;
         let mut rest = data;
         let mut completes = false;
+        let mut repeats = false;
         while !rest.is_empty() {
-            if completes {
+            if completes || repeats {
                 return Err(TapError::Unexpected(
                     "bytes behind the completing frame".into(),
                 ));
@@ -185,9 +194,13 @@ impl WalTap {
                     as_it_came = false;
                     completes = true;
                 }
+                Flow::Repeat => repeats = true,
             }
             at += now.len() as u64;
             rest = later;
+        }
+        if repeats {
+            return Ok(Step::Repeat);
         }
         Ok(match (completes, as_it_came) {
             (true, _) => Step::Complete(pieces),
@@ -234,23 +247,52 @@ impl WalTap {
             .map(|held| (held.offset, held.bytes.as_slice()))
     }
 
-    /// The commit was acknowledged and the held bytes are in the file.
-    pub fn acknowledge(&mut self) {
+    /// The commit was acknowledged and the held bytes are in the file; or those of a copy are.
+    /// Returns where the WAL ends now.
+    pub fn acknowledge(&mut self) -> Option<WalPosition> {
         if let Some(transaction) = self.transaction.take() {
-            let last = transaction.slots.last();
-            self.tail = last.and_then(|slot| {
+            let last = transaction.slots.last().zip(self.held.as_ref());
+            self.tail = last.and_then(|(slot, held)| {
+                let header = held.header();
                 Some(Tail {
                     end: WalPosition {
-                        frame: transaction.start.frame + transaction.slots.len() as u32,
+                        frame: held.frame,
+                        checksum: header.checksum,
                         ..transaction.start
                     },
                     page_size: transaction.header.page_size,
+                    page_count: header.commit_page_count,
                     page_no: PageNo::new(slot.page_no)?,
                     page: slot.page?,
                 })
             });
         }
         self.forget();
+        self.may_repeat = self.tail.is_some();
+        self.tail.map(|tail| tail.end)
+    }
+
+    /// SQLite ended the commit: what comes now is another transaction.
+    pub fn commit_ended(&mut self) {
+        self.may_repeat = false;
+    }
+
+    /// Whether what is held began as a copy of the frame last committed does. What it is shows its
+    /// page; no transaction has begun before.
+    pub fn awaits_repeat(&self) -> bool {
+        let (Some(transaction), Some(held), Some(tail)) =
+            (&self.transaction, &self.held, &self.tail)
+        else {
+            return false;
+        };
+        let header = held.header();
+        self.may_repeat
+            && self.completion.is_none()
+            && held.frame == tail.end.frame + 1
+            && transaction.start == tail.end
+            && transaction.slots.is_empty()
+            && header.page_no == tail.page_no.get()
+            && header.commit_page_count == tail.page_count
     }
 
     /// The open transaction will not be committed. True if parts of it were streamed.
@@ -268,6 +310,7 @@ impl WalTap {
         self.ready.clear();
         self.streamed_parts = 0;
         self.completion = None;
+        self.may_repeat = false;
     }
 
     /// Whether a commit frame is held whose page never came: the commit must not be taken for done.
@@ -471,9 +514,10 @@ impl WalTap {
         {
             held.bytes.truncate(FRAME_HEADER_BYTES);
             held.bytes.extend_from_slice(image);
-            let mut fixed = [0u8; FRAME_HEADER_BYTES];
-            fixed.copy_from_slice(&held.bytes[..FRAME_HEADER_BYTES]);
-            let header = FrameHeader::parse(&fixed);
+            let header = held.header();
+            if self.repeat(&header, image) {
+                return Ok(Flow::Repeat);
+            }
             self.complete(file, frame, &header, image)?;
             return Ok(Flow::Complete);
         }
@@ -512,6 +556,30 @@ impl WalTap {
         }
         self.push_slot(index as u32, page_no, page_size, image);
         Ok(Flow::Pass)
+    }
+
+    /// Takes a frame for a copy of the one last committed, if it is one.
+    fn repeat(&mut self, header: &FrameHeader, image: &[u8]) -> bool {
+        if !self.awaits_repeat() {
+            return false;
+        }
+        let (Some(tail), Some(transaction)) = (self.tail, self.transaction.as_mut()) else {
+            return false;
+        };
+        let big_endian = transaction.header.big_endian_checksums;
+        let chain = header.chain(tail.end.checksum, big_endian, image);
+        let is_copy = chain == header.checksum
+            && tail.page_size.get() == image.len()
+            && tail.page == PageChecksum::of(tail.page_no, image);
+        if is_copy {
+            transaction.slots.push(Slot {
+                page_no: header.page_no,
+                awaits_rewrite: false,
+                claim: Some(chain),
+                page: Some(tail.page),
+            });
+        }
+        is_copy
     }
 
     fn push_slot(&mut self, slot: u32, page_no: PageNo, page_size: PageSize, image: &[u8]) {
@@ -599,6 +667,15 @@ enum Flow {
     Write(Vec<u8>, u64),
     Hold,
     Complete,
+    Repeat,
+}
+
+impl Held {
+    fn header(&self) -> FrameHeader {
+        let mut fixed = [0u8; FRAME_HEADER_BYTES];
+        fixed.copy_from_slice(&self.bytes[..FRAME_HEADER_BYTES]);
+        FrameHeader::parse(&fixed)
+    }
 }
 
 impl Transaction {

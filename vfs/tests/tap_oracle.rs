@@ -157,9 +157,26 @@ impl Bench {
                 self.put(&pieces);
                 return self.complete();
             }
+            Step::Repeat => self.repeat(),
         }
         self.check();
         true
+    }
+
+    fn repeat(&mut self) {
+        self.check();
+        let before = self.committed.clone();
+        let held = self.tap.held().map(|(at, bytes)| (at, bytes.to_vec()));
+        let (offset, bytes) = held.unwrap();
+        self.file.write_at(&bytes, offset).unwrap();
+        let end = self.tap.acknowledge().unwrap();
+        self.committed = recover(&self.file.0.borrow());
+        assert_eq!(end.frame as usize, before.frame + 1);
+        assert_eq!(self.committed.frame, before.frame + 1);
+        assert_eq!(
+            (&self.committed.pages, self.committed.size),
+            (&before.pages, before.size)
+        );
     }
 
     fn put(&self, pieces: &[(u64, Vec<u8>)]) {
@@ -300,6 +317,19 @@ impl Writer {
             && (size == 0 || self.rewrite(bench, size))
     }
 
+    /// Copies of the frame last committed, up to the end of a sector.
+    fn pad(&mut self, bench: &mut Bench, page: u32, image: &[u8]) {
+        let completions = bench.completions;
+        for _ in 0..bench.rng.random_range(1..4) {
+            let committed = bench.committed.frame;
+            assert!(self.page(bench, page, image, 9), "{:?}", bench.outcome);
+            assert_eq!(bench.committed.frame, committed + 1);
+            self.committed = committed + 1;
+            self.frames.clear();
+        }
+        assert_eq!(bench.completions, completions, "a copy is no transaction");
+    }
+
     fn rewrite(&mut self, bench: &mut Bench, size: u32) -> bool {
         let Some(first) = self.recompute.take() else {
             return true;
@@ -402,7 +432,13 @@ fn transaction(bench: &mut Bench, writer: &mut Writer, break_chain: bool) {
     };
     if ended {
         assert_eq!(bench.committed.frame, committed + writer.frames.len());
+        let last = writer.frames.last().cloned();
         writer.committed = bench.committed.frame;
+        writer.frames.clear();
+        if let (true, Some((page, image))) = (bench.rng.random_bool(0.3), last) {
+            writer.pad(bench, page, &image);
+        }
+        bench.tap.commit_ended();
     } else {
         writer.chain = chain;
     }

@@ -216,6 +216,7 @@ impl Bench {
             Step::Pass => (vec![(offset as u64, data.to_vec())], false),
             Step::Pieces(pieces) => (pieces, false),
             Step::Complete(pieces) => (pieces, true),
+            Step::Repeat => return self.repeat(),
         };
         for (at, bytes) in pieces {
             let _ = self.file.write_at(&bytes, at);
@@ -233,6 +234,18 @@ impl Bench {
             assert!(completion.payload.len() <= MAX_PART_PAYLOAD_BYTES);
             self.is_open = true;
         }
+    }
+
+    /// A copy of the frame last committed: one more frame, and nothing else.
+    fn repeat(&mut self) {
+        let before = recovered(&self.file.0.borrow());
+        let held = self.tap.held().map(|(at, bytes)| (at, bytes.to_vec()));
+        let (offset, bytes) = held.expect("the copy");
+        let _ = self.file.write_at(&bytes, offset);
+        let _ = self.believed.write_at(&bytes, offset);
+        self.tap.acknowledge();
+        let after = recovered(&self.file.0.borrow());
+        assert!(before < after, "a commit became longer by a copy");
     }
 
     fn abandon(&mut self) {

@@ -5,7 +5,7 @@ use crate::mark::{KnownTransaction, MarkState};
 use crate::sink::{OpenedLog, SinkError};
 use bytes::Bytes;
 use durovfs_wire::entry::EntryPart;
-use durovfs_wire::wal::{FrameHeader, WalHeader, WalSalts};
+use durovfs_wire::wal::{FrameHeader, WalChecksum, WalHeader, WalSalts};
 use durovfs_wire::{ClientId, CommitHeader, DatabaseChecksum, PageSize};
 use libsqlite3_sys as sqlite;
 use std::fs::File;
@@ -193,15 +193,25 @@ fn world() -> World {
 }
 
 impl World {
-    fn commit(&mut self, break_chain: bool) -> Result<(), Refusal> {
-        let image = [7u8; 512];
+    /// The frame that follows one with this checksum, as `commit` writes the first.
+    fn frame_after(&self, checksum: WalChecksum, image: &[u8; 512]) -> FrameHeader {
         let mut frame = FrameHeader {
             page_no: 1,
             commit_page_count: 1,
             salts: self.header.salts,
             checksum: Default::default(),
         };
-        frame.checksum = frame.chain(self.header.checksum, false, &image);
+        frame.checksum = frame.chain(checksum, false, image);
+        frame
+    }
+
+    fn sent(&self) -> u64 {
+        self.sink.commits.load(Ordering::Relaxed)
+    }
+
+    fn commit(&mut self, break_chain: bool) -> Result<(), Refusal> {
+        let image = [7u8; 512];
+        let mut frame = self.frame_after(self.header.checksum, &image);
         frame.checksum.0 ^= u32::from(break_chain);
         self.connection.write_wal(0, &self.header.encode())?;
         self.connection.write_wal(32, &frame.encode())?;
@@ -257,6 +267,86 @@ fn the_wal_is_not_synced_between_acknowledgement_and_unlock_only() {
     assert!(!world.connection.sync_wal().unwrap());
     assert!(!world.connection.before_write_unlock());
     assert!(world.connection.sync_wal().unwrap());
+}
+
+/// Broken, an acknowledged commit is reported as failed when SQLite pads it, or each copy of its
+/// last frame becomes a transaction of its own, or the next one does not find its place.
+#[test]
+fn padding_of_a_commit_is_written_and_not_sent() {
+    for durability in [Durability::Quorum, Durability::Deferred] {
+        let mut world = world();
+        world.connection.set_durability(durability);
+        world.commit(false).unwrap();
+        let sent = world.sent();
+        let image = [7u8; 512];
+        let mut last = world.frame_after(world.header.checksum, &image);
+        for frame in 2..4 {
+            let offset = 32 + (frame - 1) * 536;
+            last = world.frame_after(last.checksum, &image);
+            // SQLite syncs in the middle of a frame: where the sector ends.
+            let (first, rest) = image.split_at(100);
+            let connection = &mut world.connection;
+            connection.write_wal(offset, &last.encode()[..8]).unwrap();
+            assert!(!connection.sync_wal().unwrap());
+            connection
+                .write_wal(offset + 8, &last.encode()[8..])
+                .unwrap();
+            assert!(!connection.sync_wal().unwrap());
+            connection.write_wal(offset + 24, first).unwrap();
+            assert!(!connection.sync_wal().unwrap());
+            connection.write_wal(offset + 124, rest).unwrap();
+            assert!(!world.connection.tap.is_holding());
+            let wal = world.connection.mark.read().unwrap().wal.unwrap();
+            assert_eq!((u64::from(wal.frame), wal.checksum), (frame, last.checksum));
+        }
+        assert_eq!(world.sent(), sent, "a copy is no transaction");
+        world.connection.commit_ended();
+        assert!(!world.connection.before_write_unlock());
+        // The same page again is one when SQLite commits it as one.
+        world.connection.set_durability(Durability::Quorum);
+        let next = world.frame_after(last.checksum, &image);
+        let offset = 32 + 3 * 536;
+        let connection = &mut world.connection;
+        connection.write_wal(offset, &next.encode()).unwrap();
+        assert!(
+            connection.sync_wal().is_err(),
+            "a commit frame without its page"
+        );
+        if durability == Durability::Quorum {
+            connection.write_wal(offset, &next.encode()).unwrap();
+            connection.write_wal(offset + 24, &image).unwrap();
+            assert_eq!(world.sent(), sent + 1);
+        }
+    }
+}
+
+/// Broken, a transaction that looks like padding as long as its page is not there is lost: with a
+/// VFS above that does not tell when a commit ends, in exclusive mode.
+#[test]
+fn what_began_as_padding_can_be_a_transaction() {
+    let mut world = world();
+    world.commit(false).unwrap();
+    let first = world.frame_after(world.header.checksum, &[7; 512]);
+    let next = world.frame_after(first.checksum, &[8; 512]);
+    world.connection.write_wal(568, &next.encode()).unwrap();
+    world.connection.write_wal(592, &[8; 512]).unwrap();
+    assert_eq!(world.sent(), 2);
+    assert_eq!(world.connection.status().position.lsn, Lsn::new(3));
+}
+
+/// Broken, SQLite takes a commit back that stands, and others are built on a file that lacks it.
+#[test]
+fn padding_that_the_local_disk_refuses_ends_all_writing() {
+    let mut world = world();
+    world.commit(false).unwrap();
+    let first = world.frame_after(world.header.checksum, &[7; 512]);
+    let copy = world.frame_after(first.checksum, &[7; 512]);
+    world.connection.write_wal(568, &copy.encode()).unwrap();
+    world.fails.store(true, Ordering::Relaxed);
+    let refusal = world.connection.write_wal(592, &[7; 512]).unwrap_err();
+    assert_eq!(refusal.code(), sqlite::SQLITE_IOERR_FSYNC);
+    world.fails.store(false, Ordering::Relaxed);
+    assert!(world.connection.write_wal(568, &copy.encode()).is_err());
 }
 
 /// Broken, the savepoint bug of SQLite up to 3.49.1 loses commits that COMMIT reported as done.
