@@ -1,5 +1,5 @@
-//! Another VFS above the shim, that opens files under copies of their names, as SQLite's own
-//! multiplexer does.
+//! Other VFSes above the shim: one that opens files under copies of their names, as SQLite's own
+//! multiplexer does, and one that hides what the shim promises of its writes.
 
 #![allow(clippy::unwrap_used, reason = "what fails in a test fails the test")]
 
@@ -8,7 +8,7 @@ mod common;
 use common::*;
 use libsqlite3_sys as sqlite;
 use rusqlite::{Connection, OpenFlags};
-use std::ffi::{c_char, c_int};
+use std::ffi::{CStr, c_char, c_int};
 use std::path::Path;
 use std::sync::Once;
 
@@ -32,30 +32,67 @@ unsafe extern "C" fn open_a_copy(
     }
 }
 
+unsafe extern "C" fn promise_nothing(_: *mut sqlite::sqlite3_file) -> c_int {
+    0
+}
+
+unsafe extern "C" fn open_without_promises(
+    above: *mut sqlite::sqlite3_vfs,
+    name: *const c_char,
+    file: *mut sqlite::sqlite3_file,
+    flags: c_int,
+    out_flags: *mut c_int,
+) -> c_int {
+    // SAFETY: as in `open_a_copy`; the methods are copied, and the copy is never freed.
+    unsafe {
+        let below: *mut sqlite::sqlite3_vfs = (*above).pAppData.cast();
+        let code = (*below).xOpen.unwrap()(below, name, file, flags, out_flags);
+        if !(*file).pMethods.is_null() {
+            let methods = Box::leak(Box::new(std::ptr::read((*file).pMethods)));
+            methods.xDeviceCharacteristics = Some(promise_nothing);
+            (*file).pMethods = methods;
+        }
+        code
+    }
+}
+
 fn register_above() {
     static ONCE: Once = Once::new();
     sink();
     ONCE.call_once(|| {
-        // SAFETY: the shim is registered, and its structure is copied; all but xOpen find their
-        // way through what it holds. The structure lives as long as the process.
-        unsafe {
-            let below = sqlite::sqlite3_vfs_find(c"durovfs".as_ptr());
-            assert!(!below.is_null());
-            let above = Box::leak(Box::new(std::ptr::read(below)));
-            above.zName = c"above".as_ptr();
-            above.xOpen = Some(open_a_copy);
-            above.xDelete = Some(delete_below);
-            above.xAccess = Some(access_below);
-            above.xFullPathname = Some(full_pathname_below);
-            above.xRandomness = Some(randomness_below);
-            above.xCurrentTimeInt64 = Some(current_time_below);
-            above.xSleep = Some(sleep_below);
-            above.xGetLastError = Some(last_error_below);
-            above.pAppData = below.cast();
-            above.pNext = std::ptr::null_mut();
-            assert_eq!(sqlite::sqlite3_vfs_register(above, 0), 0);
-        }
+        register(c"above", open_a_copy);
+        register(c"cautious", open_without_promises);
     });
+}
+
+type Open = unsafe extern "C" fn(
+    *mut sqlite::sqlite3_vfs,
+    *const c_char,
+    *mut sqlite::sqlite3_file,
+    c_int,
+    *mut c_int,
+) -> c_int;
+
+fn register(name: &'static CStr, open: Open) {
+    // SAFETY: the shim is registered, and its structure is copied; all but xOpen find their
+    // way through what it holds. The structure lives as long as the process.
+    unsafe {
+        let below = sqlite::sqlite3_vfs_find(c"durovfs".as_ptr());
+        assert!(!below.is_null());
+        let above = Box::leak(Box::new(std::ptr::read(below)));
+        above.zName = name.as_ptr();
+        above.xOpen = Some(open);
+        above.xDelete = Some(delete_below);
+        above.xAccess = Some(access_below);
+        above.xFullPathname = Some(full_pathname_below);
+        above.xRandomness = Some(randomness_below);
+        above.xCurrentTimeInt64 = Some(current_time_below);
+        above.xSleep = Some(sleep_below);
+        above.xGetLastError = Some(last_error_below);
+        above.pAppData = below.cast();
+        above.pNext = std::ptr::null_mut();
+        assert_eq!(sqlite::sqlite3_vfs_register(above, 0), 0);
+    }
 }
 
 macro_rules! pass_on {
@@ -127,4 +164,54 @@ fn which_of_two_connections_is_not_guessed() {
     exec(&second, "INSERT INTO t VALUES (3)");
     drop((first, second));
     assert_level(&path);
+}
+
+/// Broken, SQLite hears of a failure after the commit was acknowledged, or its padding becomes
+/// transactions, or the next one is taken for somebody else's: where a VFS above hides that writes
+/// are powersafe, SQLite fills the last sector with copies of the last frame.
+#[test]
+fn padded_commits_are_one_transaction_each() {
+    for page_size in [512, 1024, 4096] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let name = path.to_str().unwrap();
+        register_above();
+        let open = || {
+            let flags = OpenFlags::default();
+            let db = Connection::open_with_flags_and_vfs(&path, flags, "cautious").unwrap();
+            exec(&db, "PRAGMA synchronous=FULL");
+            db
+        };
+        let db = open();
+        let mode = format!("PRAGMA page_size={page_size}; PRAGMA journal_mode=WAL");
+        exec(&db, &mode);
+        exec(&db, "CREATE TABLE t(a)");
+        let wal = dir.path().join("a.db-wal");
+        for round in 0..20 {
+            let (lsn, size) = (sink().last_lsn(name), wal.metadata().unwrap().len());
+            exec(&db, "INSERT INTO t VALUES (randomblob(300))");
+            assert_eq!(
+                sink().last_lsn(name),
+                lsn + 1,
+                "page size {page_size}, {round}"
+            );
+            let frames = (wal.metadata().unwrap().len() - size) / (page_size + 24);
+            assert!(frames > 1, "it is not padded");
+            // Another connection goes on behind the copies.
+            let other = open();
+            exec(&other, "UPDATE t SET a = randomblob(300) WHERE rowid = 1");
+            assert_eq!(sink().last_lsn(name), lsn + 2);
+        }
+        // As a process that dies leaves it: the WAL is read as it stands in the file.
+        let copy = dir.path().join("copy.db");
+        std::fs::copy(&path, &copy).unwrap();
+        std::fs::copy(&wal, dir.path().join("copy.db-wal")).unwrap();
+        let flags = OpenFlags::default();
+        let plain = Connection::open_with_flags_and_vfs(&copy, flags, "unix").unwrap();
+        assert_eq!(number(&plain, "SELECT count(*) FROM t"), 20);
+        drop(plain);
+        drop(db);
+        assert_level(&path);
+        assert_eq!(number(&open(), "SELECT count(*) FROM t"), 20);
+    }
 }
