@@ -269,8 +269,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Writes a copy of the frame last committed, with which SQLite pads its commit. The log has the
-    /// transaction already, so the mark only notes that the WAL ends later.
+    /// Writes a copy of the frame last committed, with which SQLite pads its commit. The log has
+    /// the transaction already, so the mark only notes that the WAL ends later.
     pub(crate) fn repeat_commit_frame(&mut self, wal: &dyn BaseFile) -> Result<(), Refusal> {
         let Some((offset, bytes)) = self.tap.held() else {
             return Err(crate::mark::misuse("a copy of a frame that is not held"));

@@ -18,8 +18,8 @@
 //!   compared with the mark before its first byte is written; here only the page that a savepoint
 //!   left in place is let through once more, as a write already made.
 //! - Where a VFS above hides that writes are powersafe, SQLite pads a commit to the end of the
-//!   sector with copies of its last frame, and syncs in the middle of one. A copy is no transaction:
-//!   it may not fail any more, and the log does not get it.
+//!   sector with copies of its last frame, and syncs in the middle of one. A copy is no
+//!   transaction: the commit stands already, and the log does not get it again.
 
 use crate::error::Refusal;
 use crate::file::BaseFile;
