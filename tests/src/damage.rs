@@ -45,29 +45,42 @@ pub fn used_bytes(segment: &PathBuf) -> usize {
     used.map_or(HEADER_BYTES, |last| last + 1)
 }
 
-/// Flips one bit of a record, about as far into the used part as `percent` says.
+/// Flips one bit of a record, about as far into the used part as `percent` says, and tells where.
 ///
 /// # Panics
 /// When the segment has no records.
-pub fn flip_bit(segment: &PathBuf, percent: usize) {
+pub fn flip_bit(segment: &PathBuf, percent: usize) -> usize {
+    let records = used_bytes(segment) - HEADER_BYTES;
+    flip_bit_from(segment, HEADER_BYTES + records * percent / 100)
+}
+
+/// Flips one bit of a record that is about in the middle before this place.
+///
+/// # Panics
+/// When the segment has no records there.
+pub fn flip_bit_before(segment: &PathBuf, place: usize) -> usize {
+    flip_bit_from(segment, HEADER_BYTES + (place - HEADER_BYTES) / 2)
+}
+
+fn flip_bit_from(segment: &PathBuf, from: usize) -> usize {
     let bytes = std::fs::read(segment).expect("read a segment");
-    let used = used_bytes(segment);
-    let from = HEADER_BYTES + (used - HEADER_BYTES) * percent / 100;
     // Between records there are zeros, which no checksum covers.
-    let at = (from..used).find(|at| bytes[*at] != 0).expect("a record");
+    let found = (from..used_bytes(segment)).find(|at| bytes[*at] != 0);
+    let at = found.expect("a record");
     let file = OpenOptions::new().write(true).open(segment).expect("open");
     file.write_all_at(&[bytes[at] ^ 1], at as u64)
         .expect("write");
+    at
 }
 
-/// Cuts the file off behind its used part, or this much before its end.
+/// Cuts off the last quarter of what the file holds, synced and acked as it was.
 ///
 /// # Panics
 /// When the file cannot be cut.
-pub fn truncate_tail(segment: &PathBuf, bytes: usize) {
+pub fn cut_last_quarter(segment: &PathBuf) {
     let file = OpenOptions::new().write(true).open(segment).expect("open");
-    file.set_len((used_bytes(segment) - bytes) as u64)
-        .expect("cut");
+    let kept = HEADER_BYTES + (used_bytes(segment) - HEADER_BYTES) / 4 * 3;
+    file.set_len(kept as u64).expect("cut");
 }
 
 /// Writes bytes that are no records behind the used part.

@@ -2,7 +2,9 @@
 //! fed until all five are the same again.
 
 use durovfs_tests::cluster::{Cluster, ClusterOptions};
-use durovfs_tests::damage::{append_garbage, flip_bit, own_segments, segments, truncate_tail};
+use durovfs_tests::damage::{
+    append_garbage, cut_last_quarter, flip_bit, flip_bit_before, own_segments, segments,
+};
 use durovfs_tests::image::{assert_same, checksum_of, copy_database, image_of};
 use durovfs_tests::outcomes::{Told, Writer, create_tables};
 use durovfs_tests::replay::{copy_journals, replay};
@@ -116,15 +118,12 @@ fn damaged_journals_are_reported_and_mended_while_commits_go_on() {
     wait_logged(&cluster, "replica-1", REPORTED, 2);
     wait_logged(&cluster, "replica-1", WHOLE, 2);
 
-    // Ends that are torn, or followed by what never was a record: no damage.
-    damage_stopped(&cluster, &["replica-4", "replica-5"], |node| {
+    // An end that is followed by what never was a record: no damage.
+    damage_stopped(&cluster, &["replica-5"], |node| {
         let segments = segments(&cluster, node);
-        let last = segments.last().expect("a segment");
-        match node {
-            "replica-4" => truncate_tail(last, 20),
-            _ => append_garbage(last),
-        }
+        append_garbage(segments.last().expect("a segment"));
     });
+    lose_the_end(&cluster, &database, "replica-4");
 
     // While it runs: the scrub finds it.
     flip_bit(&segments(&cluster, "replica-2")[0], 50);
@@ -150,6 +149,30 @@ fn damaged_journals_are_reported_and_mended_while_commits_go_on() {
     });
 }
 
+/// The end of a journal is gone, as if it had never been synced: it looks like a torn write, so only
+/// the primary can tell, and says what to do. Done as it says, the replica is brought in anew.
+fn lose_the_end(cluster: &Cluster, database: &Path, node: &str) {
+    let status = || cluster.database(database).unwrap_or_default().to_string();
+    damage_stopped(cluster, &[node], |node| {
+        let segments = segments(cluster, node);
+        cut_last_quarter(segments.last().expect("a segment"));
+    });
+    let told = format!("{node} lost entries that it had on disk");
+    wait_until("the loss is told", || status().contains(&told), status);
+    cluster.kill(node);
+    std::fs::remove_dir_all(cluster.node_path(node).join("data")).expect("remove the data");
+    cluster.start_node(node);
+    wait_until("it is brought in", || !status().contains("lost"), status);
+}
+
+fn wait_until(what: &str, is_so: impl Fn() -> bool, state: impl Fn() -> String) {
+    let deadline = Instant::now() + LIMIT;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "{what}: not so; {}", state());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
 #[test]
 fn a_primary_whose_own_journal_is_damaged_fetches_what_it_lacks() {
     // Broken: a bad sector under the primary, whose journal is no vote, stops its databases.
@@ -163,15 +186,15 @@ fn a_primary_whose_own_journal_is_damaged_fetches_what_it_lacks() {
     writer.wait_committed(50, LIMIT);
     let opened = times_logged(&cluster, "primary", OPEN);
 
-    flip_bit(&own_segments(&cluster, "primary")[0], 50);
+    let damaged = flip_bit(&own_segments(&cluster, "primary")[0], 50);
     wait_logged(&cluster, "primary", OWN_FOUND, 1);
     wait_logged(&cluster, "primary", OPEN, opened + 1);
     let before = writer.so_far().committed();
     writer.wait_committed(before + 20, LIMIT);
 
     damage_stopped(&cluster, &["primary"], |node| {
-        // Well before the entry that is bad already.
-        flip_bit(&own_segments(&cluster, node)[0], 10);
+        // Before the entry that is bad already: behind it nothing more would be told.
+        flip_bit_before(&own_segments(&cluster, node)[0], damaged);
     });
     wait_logged(&cluster, "primary", REPORTED, 1);
     let before = writer.so_far().committed();

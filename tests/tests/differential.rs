@@ -1,7 +1,8 @@
 //! The same random scripts on plain SQLite and on durovfs: the same results, the same errors, the
 //! same files; and the log, on each replica and in the archive, holds what the files hold.
 //!
-//! `DUROVFS_SCRIPTS` scripts; `DUROVFS_SEED` begins with a given one.
+//! Without more words the same scripts each time, so that what a change breaks is the change's own
+//! doing; `DUROVFS_SCRIPTS=N` makes N new ones, `DUROVFS_SEED` begins with a given one.
 
 use durovfs_tests::binaries::{PYTHON, binaries, host_command, program};
 use durovfs_tests::cluster::{Cluster, ClusterOptions};
@@ -18,6 +19,8 @@ use std::time::Duration;
 
 /// Scripts without `DUROVFS_SCRIPTS`.
 const SCRIPTS: u64 = 60;
+/// The first of them.
+const FIRST_SCRIPT: u64 = 1;
 /// Scripts on one cluster: with two databases each they fit one answer of `durovfs status`.
 const SCRIPTS_PER_CLUSTER: u64 = 100;
 /// Scripts in which durovfs was wrong once: a read-only connection's WAL was taken for that of the
@@ -221,11 +224,13 @@ fn a_script_gives_the_same_on_plain_sqlite_and_on_durovfs() {
         let text = std::env::var(name).ok();
         text.map(|text| text.parse::<u64>().expect("a number"))
     };
-    let given = number("DUROVFS_SEED");
-    let first =
-        given.unwrap_or_else(|| Seeded::from_environment("differential").next_number() % (1 << 48));
+    let (given, wanted) = (number("DUROVFS_SEED"), number("DUROVFS_SCRIPTS"));
+    let first = given.unwrap_or_else(|| match wanted {
+        Some(_) => Seeded::from_environment("differential").next_number() % (1 << 48),
+        None => FIRST_SCRIPT,
+    });
     let default = if given.is_some() { 1 } else { SCRIPTS };
-    let scripts = number("DUROVFS_SCRIPTS").unwrap_or(default);
+    let scripts = wanted.unwrap_or(default);
     println!(
         "scripts with DUROVFS_SEED={first} to {}",
         first + scripts - 1
