@@ -149,8 +149,8 @@ fn damaged_journals_are_reported_and_mended_while_commits_go_on() {
     });
 }
 
-/// The end of a journal is gone, as if it had never been synced: it looks like a torn write, so only
-/// the primary can tell, and says what to do. Done as it says, the replica is brought in anew.
+/// The end of a journal is gone, as if it had never been synced: it looks like a torn write, so
+/// only the primary can tell, and says what to do. Done as it says, the replica is brought in anew.
 fn lose_the_end(cluster: &Cluster, database: &Path, node: &str) {
     let status = || cluster.database(database).unwrap_or_default().to_string();
     damage_stopped(cluster, &[node], |node| {

@@ -66,6 +66,13 @@ impl Connection {
             (wal.salts, wal.frame, wal.checksum) == (start.salts, start.frame, start.checksum)
         });
         if !continues {
+            if self.index_lags(wal, (&last, state.wal), &start)? {
+                self.must_void_index = true;
+                return Err(Refusal::not_committed(
+                    "the process that made the last commit died before it was in the wal-index, \
+                     which is made again now: try again",
+                ));
+            }
             if start.frame != 0 {
                 let marked = state.wal.map_or("none".to_owned(), |wal| describe(&wal));
                 return Err(self.foreign(&format!(
@@ -81,6 +88,33 @@ impl Connection {
         }
         self.base = Some(state);
         Ok(())
+    }
+
+    /// Whether SQLite would write over the last commit, which the mark knows and the WAL has: a
+    /// process that dies between the write that completes its commit and the wal-index leaves it
+    /// so, and who has the database open does not look into the WAL again by itself.
+    fn index_lags(
+        &self,
+        wal: &dyn BaseFile,
+        (last, marked): (&KnownTransaction, Option<WalPosition>),
+        start: &WalPosition,
+    ) -> Result<bool, Refusal> {
+        let (Some(marked), Some(header)) = (marked, self.tap.header()) else {
+            return Ok(false);
+        };
+        if start.frame >= marked.frame {
+            return Ok(false);
+        }
+        let survey = WalSurvey::read(wal)?;
+        if survey.is_none_or(|survey| survey.end != marked) {
+            return Ok(false);
+        }
+        if start.salts == marked.salts {
+            return Ok(true);
+        }
+        // SQLite begins a WAL with other salts when all of it is in the database file; or when it
+        // knows of no WAL at all.
+        Ok(header.checkpoint_sequence == 0 && !self.is_checkpointed(wal, last, &marked)?)
     }
 
     /// Makes sure that the database file holds what the mark says; scans it only when it does not

@@ -142,6 +142,8 @@ pub struct Connection {
     /// A commit of rollback mode was refused: SQLite plays its journal back next.
     pub(crate) expects_playback: bool,
     pub(crate) must_roll_forward: bool,
+    /// The wal-index lacks a commit that the WAL has.
+    pub(crate) must_void_index: bool,
     /// Whether the host's checkpoints can leave pages out (before 3.51.3).
     pub(crate) distrusts_checkpoints: bool,
     /// Whether the database file is locked exclusively: when its WAL is closed then, it goes.
@@ -191,6 +193,7 @@ impl Connection {
             rollback_refusal: None,
             expects_playback: false,
             must_roll_forward: false,
+            must_void_index: false,
             distrusts_checkpoints: false,
             holds_exclusive_lock: false,
             holds_write_lock: false,
@@ -372,13 +375,14 @@ impl Connection {
         }
     }
 
-    /// The WAL's write lock is about to be released. True when frames of others were appended, so
-    /// that the wal-index must be made void before the lock goes.
+    /// The WAL's write lock is about to be released. True when the WAL has more than its index
+    /// says, which must be made void before the lock goes.
     pub fn before_write_unlock(&mut self) -> bool {
         self.end_wal_transaction();
         self.holds_write_lock = false;
+        let lags = std::mem::take(&mut self.must_void_index);
         if !std::mem::take(&mut self.must_roll_forward) || self.poisoned.is_some() {
-            return false;
+            return lags;
         }
         match self.roll_forward_live() {
             Ok(()) => true,

@@ -45,6 +45,24 @@ impl Connection {
         completed.map(drop).map_err(|refusal| self.noted(refusal))
     }
 
+    /// Whether the database file has every page that is committed in the WAL.
+    pub(crate) fn is_checkpointed(
+        &self,
+        wal: &dyn BaseFile,
+        last: &KnownTransaction,
+        end: &WalPosition,
+    ) -> Result<bool, Refusal> {
+        let mut image = vec![0u8; last.page_size.get()];
+        for page_no in frames_of(wal, last, end)?.into_keys() {
+            self.database
+                .read_at(&mut image, page_no.file_offset(last.page_size))?;
+            if PageChecksum::of(page_no, &image) != self.table.read(page_no)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Writes pages that are committed in the WAL and not in the database file; returns how many.
     fn complete_checkpoint(&mut self, wal: &dyn BaseFile) -> Result<u32, Refusal> {
         // What others wrote is never overwritten: it is found, and refused, by its scan.

@@ -216,6 +216,13 @@ impl WalTap {
             .map(|transaction| transaction.start)
     }
 
+    /// The header of the WAL that the open transaction is written to: its own if it begins one.
+    pub fn header(&self) -> Option<WalHeader> {
+        self.transaction
+            .as_ref()
+            .map(|transaction| transaction.header)
+    }
+
     /// Page size of the open transaction.
     pub fn page_size(&self) -> Option<PageSize> {
         self.transaction

@@ -169,3 +169,64 @@ fn others_go_on_when_the_writer_is_killed() {
         assert_level(&path);
     }
 }
+
+/// Writes the beginning of a file that this process has open, without opening it here.
+fn put_back(path: &Path, bytes: &[u8]) {
+    let mut dd = Command::new("dd")
+        .arg(format!("of={}", path.display()))
+        .args(["conv=notrunc", "status=none"])
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Write::write_all(&mut dd.stdin.take().unwrap(), bytes).unwrap();
+    assert!(dd.wait().unwrap().success());
+}
+
+/// Broken, a process that is killed between its commit and the wal-index leaves a database in which
+/// nobody can write, or whose next writer overwrites that commit.
+#[test]
+fn a_commit_that_the_wal_index_lacks_is_found() {
+    // Both copies of the header, and what is known of checkpoints.
+    const INDEX_HEADER_BYTES: usize = 136;
+    let beginnings = [
+        "the first WAL",
+        "INSERT INTO t VALUES (0)",
+        "PRAGMA wal_checkpoint(TRUNCATE)",
+    ];
+    for beginning in beginnings {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        exec(&open(&path), "CREATE TABLE t(a)");
+        let dying = open_wal(&path);
+        if beginning != "the first WAL" {
+            exec(&dying, "INSERT INTO t VALUES (0)");
+            text(&dying, "SELECT group_concat(a) FROM t");
+            let _ = dying.query_row(beginning, [], |_| Ok(()));
+        }
+        let db = open(&path);
+        let before = number(&db, "SELECT count(*) FROM t");
+        let index = PathBuf::from(format!("{}-shm", path.display()));
+        let bytes = std::process::Command::new("cat")
+            .arg(&index)
+            .output()
+            .unwrap()
+            .stdout;
+        exec(&dying, "INSERT INTO t VALUES (1)");
+        put_back(&index, &bytes[..INDEX_HEADER_BYTES]);
+        assert_eq!(number(&db, "SELECT count(*) FROM t"), before, "{beginning}");
+        let refused = try_exec(&db, "INSERT INTO t VALUES (2)").expect_err(beginning);
+        assert_eq!(
+            code(&refused),
+            sqlite::SQLITE_IOERR_WRITE,
+            "{beginning}: {refused}"
+        );
+        exec(&db, "INSERT INTO t VALUES (3)");
+        assert_eq!(
+            number(&db, "SELECT count(*) FROM t"),
+            before + 2,
+            "{beginning}"
+        );
+        drop((db, dying));
+        assert_level(&path);
+    }
+}

@@ -151,7 +151,8 @@ fn run_rounds(which: Which) {
         text.map(|text| text.parse::<u64>().expect("a number"))
     };
     let (seed, wanted) = (number("DUROVFS_SEED"), number("DUROVFS_ROUNDS"));
-    // The same rounds each time, so that what a change breaks is its own doing, unless more are wanted.
+    // The same rounds each time, so that what a change breaks is its own doing; unless more are
+    // wanted.
     let first = seed.unwrap_or_else(|| match wanted {
         Some(_) => common::seed() % (1 << 48),
         None => FIRST_ROUND,
