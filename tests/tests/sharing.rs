@@ -2,7 +2,7 @@
 //! that forks.
 
 use durovfs_tests::app::plain_query;
-use durovfs_tests::binaries::{PYTHON, binaries, program, workspace};
+use durovfs_tests::binaries::{PYTHON, binaries, host_file, program};
 use durovfs_tests::cluster::{Cluster, ClusterOptions, text};
 use durovfs_tests::image::{assert_same, image_of};
 use std::path::Path;
@@ -41,7 +41,7 @@ fn assert_archived(cluster: &Cluster, database: &Path) {
 fn programs_with_different_sqlites_write_in_turns() {
     // Broken: what one program commits is lost under the other's next commit.
     let cluster = Cluster::start(ClusterOptions::default());
-    let apsw = workspace().join("target/apsw/bin/python");
+    let apsw = host_file("python/bin/python");
     for journal in ["WAL", "DELETE"] {
         let database = cluster.scratch().join(format!("{journal}.db"));
         plain_query(&database, &format!("PRAGMA journal_mode={journal}"));

@@ -1,7 +1,7 @@
 //! VACUUM INTO in real programs: its target is an ordinary file; what else is made is protected.
 
 use durovfs_tests::app::{plain_query, sqlite_shell};
-use durovfs_tests::binaries::{PYTHON, binaries, program, workspace};
+use durovfs_tests::binaries::{PYTHON, binaries, host_file, program};
 use durovfs_tests::cluster::{Cluster, ClusterOptions, text};
 use durovfs_tests::image::beside;
 use std::path::Path;
@@ -17,7 +17,7 @@ fn assert_ordinary(cluster: &Cluster, copy: &Path) {
 fn copies_for_backups_are_no_databases_of_the_cluster() {
     // Broken: each nightly copy is sent to every replica, and stays in the archive for a month.
     let cluster = Cluster::start(ClusterOptions::default());
-    let apsw = workspace().join("target/apsw/bin/python");
+    let apsw = host_file("python/bin/python");
     for (python, driver) in [(Path::new(PYTHON), "sqlite3"), (&*apsw, "apsw")] {
         let database = cluster.scratch().join(format!("{driver}.db"));
         let output = Command::new(python)
