@@ -3,4 +3,5 @@
 
 #![forbid(unsafe_code)]
 
+pub mod donor;
 pub mod replica_log;

@@ -13,4 +13,5 @@ pub mod outcomes;
 pub mod replay;
 pub mod script;
 pub mod seed;
+pub mod simulation;
 pub mod source;

@@ -41,7 +41,7 @@ pub struct Origin {
 }
 
 /// The facts of a commit, known when its last part is made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct CommitHeader {
     /// Who made it.
     pub origin: Origin,
@@ -62,7 +62,7 @@ pub struct CommitHeader {
 }
 
 /// A committed transaction without its pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct TransactionSummary {
     /// Where it stands in the log.
     pub position: LogPosition,
@@ -71,7 +71,7 @@ pub struct TransactionSummary {
 }
 
 /// What a part is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum PartKind {
     /// Slots of a transaction of which more parts follow.
     Pages {
@@ -91,7 +91,7 @@ pub enum PartKind {
 }
 
 /// Where a part belongs, and what it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PartHeader {
     /// The log.
     pub database: DatabaseId,
@@ -138,7 +138,7 @@ impl PartHeader {
 }
 
 /// One part of an entry.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct EntryPart {
     /// Where it belongs, and what it is.
     pub header: PartHeader,

@@ -14,7 +14,7 @@ pub const MAX_MEMBERS: usize = 15;
 pub const MAX_ADDRESS_BYTES: usize = 300;
 
 /// One replica of a log.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Member {
     /// The node that keeps it.
     pub node: NodeName,
@@ -27,7 +27,7 @@ pub struct Member {
 }
 
 /// The replicas of a log and how many of them must hold an entry.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "UncheckedMembership")]
 pub struct Membership {
     /// The epoch whose primary decided on it; zero for one that is only configured.

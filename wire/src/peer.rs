@@ -15,7 +15,7 @@ pub const MAX_NAME_BYTES: usize = 4096;
 pub const MAX_HISTORY_RUNS: usize = 4096;
 
 /// From a primary (or one that wants to be) to a replica.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum PrimaryMessage {
     /// Asks which logs the replica knows under a name.
     Find {
@@ -92,7 +92,7 @@ pub enum PrimaryMessage {
 }
 
 /// A claim of an epoch.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Claim {
     /// The log.
     pub database: DatabaseId,
@@ -108,7 +108,7 @@ pub struct Claim {
 }
 
 /// A log that a replica knows under a name.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct FoundLog {
     /// The log.
     pub database: DatabaseId,
@@ -119,7 +119,7 @@ pub struct FoundLog {
 }
 
 /// A primary that a replica heard of lately.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct LivePrimary {
     /// The node.
     pub node: NodeName,
@@ -128,7 +128,7 @@ pub struct LivePrimary {
 }
 
 /// From a replica to a primary.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum ReplicaMessage {
     /// Answer to [`PrimaryMessage::Find`].
     Found {
@@ -183,7 +183,7 @@ pub enum ReplicaMessage {
 }
 
 /// What a replica had when it promised an epoch.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Promise {
     /// The log.
     pub database: DatabaseId,
@@ -214,7 +214,7 @@ pub struct Promise {
 }
 
 /// Why a replica did not take a message.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum RejectReason {
     /// It promised a higher epoch (or this one to another claimant).
     Fenced {

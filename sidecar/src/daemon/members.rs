@@ -10,9 +10,10 @@ use super::node::{Node, new_claimant};
 use super::primary::{CommitRequest, PrimaryDatabase};
 use bytes::Bytes;
 use durovfs_quorum::{PrimaryState, ReplaceRefused, Replacement, holds_quorum};
+use durovfs_sidecar::donor::DonorEnd;
 use durovfs_wire::client::{FailureKind, ReplaceState};
 use durovfs_wire::peer::{FoundLog, PrimaryMessage};
-use durovfs_wire::{DatabaseId, LogPosition, Member, Membership, NodeName, PageSize, ReplicaId};
+use durovfs_wire::{DatabaseId, Member, Membership, NodeName, PageSize, ReplicaId};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -179,8 +180,7 @@ impl Node {
         if db.machine.start_change(claimant) {
             hold.claimed = true;
             db.claimant = claimant;
-            db.donor_end = (LogPosition::ZERO, None);
-            db.restarted = false;
+            db.donor_end = DonorEnd::NONE;
             self.drive_primary(database);
         }
     }

@@ -10,6 +10,7 @@ use super::uploader::UploadState;
 use bytes::Bytes;
 use durovfs_journal::{DatabaseState, JournalError, Record};
 use durovfs_quorum::{LocalLog, Primary, PrimaryState};
+use durovfs_sidecar::donor::DonorEnd;
 use durovfs_wire::client::{CommitOutcome, SidecarMessage};
 use durovfs_wire::entry::{CommitHeader, Origin, TransactionSummary};
 use durovfs_wire::peer::PrimaryMessage;
@@ -56,10 +57,8 @@ pub struct PrimaryDatabase {
     pub own_writes: u32,
     /// An epoch start that waits for them, so that it is made from what the journal then says.
     pub epoch_start: Option<LogPosition>,
-    /// The best promise of this claim: the end of its log, and the last transaction there.
-    pub donor_end: (LogPosition, Option<TransactionSummary>),
-    /// Whether our own log begins anew behind the archive in this claim.
-    pub restarted: bool,
+    /// The best promise of this claim.
+    pub donor_end: DonorEnd,
     /// Our own journal failed: the log is read again from the replicas.
     pub own_trouble: Option<String>,
     /// The newest attempt to win an epoch.
@@ -151,8 +150,7 @@ impl PrimaryDatabase {
             written_lsn,
             own_writes: 0,
             epoch_start: None,
-            donor_end: (LogPosition::ZERO, None),
-            restarted: false,
+            donor_end: DonorEnd::NONE,
             own_trouble: None,
             claimant: new_claimant(),
             claim_at: None,
@@ -183,8 +181,7 @@ impl PrimaryDatabase {
     /// Makes a new attempt to win an epoch.
     pub fn begin_claim(&mut self) {
         self.claimant = new_claimant();
-        self.donor_end = (LogPosition::ZERO, None);
-        self.restarted = false;
+        self.donor_end = DonorEnd::NONE;
         self.machine.force_claims(self.forced);
         self.machine.start_claim(self.claimant);
     }
@@ -606,8 +603,9 @@ impl Node {
             return;
         }
         let claimant = db.claimant;
-        // A log that begins anew behind the archive does not know its last transaction itself.
-        let last_transaction = held.or(db.donor_end.1.filter(|_| db.restarted));
+        // A log that began anew behind the archive, in this claim or in an earlier one that came to
+        // nothing, does not know its last transaction itself.
+        let last_transaction = held.or_else(|| db.donor_end.transaction_at(db.machine.last()));
         db.last_transaction = last_transaction;
         let header = PartHeader {
             database,
@@ -660,7 +658,6 @@ impl Node {
             tracing::warn!(name = %db.name, position = %oldest.summary.position,
                 entries = db.pending.len(), "no quorum of acks in time: burying");
             db.claimant = new_claimant();
-            db.restarted = false;
             db.machine.start_bury(db.claimant);
         }
         for pending in &mut db.pending {

@@ -108,7 +108,6 @@ impl Node {
         if let Some(db) = self.primaries.get_mut(&database) {
             db.written_lsn = at.lsn;
             db.streamed = None;
-            db.restarted = true;
             db.machine.handle_retained(at.lsn.next());
         }
         self.write_own_records(database, vec![Record::Restart { database, at }], None, None);
@@ -369,9 +368,8 @@ impl Node {
         };
         if let ReplicaMessage::Promised(promise) = &message
             && promise.epoch == db.machine.epoch()
-            && promise.last > db.donor_end.0
         {
-            db.donor_end = (promise.last, promise.last_transaction);
+            db.donor_end.note(promise);
         }
         note_successor(db, &message);
         if let Err(violation) = db.machine.handle_message(node, &message) {

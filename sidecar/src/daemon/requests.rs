@@ -260,7 +260,6 @@ impl Node {
             // yet: only a burial makes either certain.
             if db.machine.state() == PrimaryState::Leading {
                 db.claimant = new_claimant();
-                db.restarted = false;
                 db.machine.start_bury(db.claimant);
                 db.waiters.push(waiter);
                 return self.drive_primary(database);
