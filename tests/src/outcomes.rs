@@ -20,6 +20,12 @@ pub const SCHEMA: &str = "CREATE TABLE rows (writer INTEGER, n INTEGER, payload 
 /// Pause between the commits of a writer that leaves others time to write.
 const SLOW_PAUSE_MS: u64 = 20;
 
+/// Pause of a steady writer: about as long as a commit takes.
+const STEADY_PAUSE_MS: u64 = 4;
+
+/// More rows than any test writes.
+const ENDLESS: u64 = 1 << 40;
+
 /// What became of a commit, as the application was told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Told {
@@ -151,13 +157,31 @@ impl Writer {
     /// # Panics
     /// When it cannot be started.
     pub fn start_slow(cluster: &Cluster, database: &Path, writer: u64, timeout: Duration) -> Self {
-        let numbers = [
-            writer,
-            1,
-            u64::MAX >> 16,
-            timeout.as_millis() as u64,
-            SLOW_PAUSE_MS,
-        ];
+        Self::start_endless(cluster, database, writer, timeout, SLOW_PAUSE_MS)
+    }
+
+    /// Starts a writer that never ends by itself, for tests that kill: about half of its time it is
+    /// in a commit, and what it writes between two kills does not become the test's time.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn start_steady(
+        cluster: &Cluster,
+        database: &Path,
+        writer: u64,
+        timeout: Duration,
+    ) -> Self {
+        Self::start_endless(cluster, database, writer, timeout, STEADY_PAUSE_MS)
+    }
+
+    fn start_endless(
+        cluster: &Cluster,
+        database: &Path,
+        writer: u64,
+        timeout: Duration,
+        pause_ms: u64,
+    ) -> Self {
+        let numbers = [writer, 1, ENDLESS, timeout.as_millis() as u64, pause_ms];
         Self::start_on(&cluster.client_config(), database, numbers)
     }
 

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 const LIMIT: Duration = Duration::from_secs(60);
-const ENDLESS: u64 = 1 << 40;
 
 #[test]
 fn a_killed_primary_loses_nothing_that_it_confirmed() {
@@ -18,7 +17,7 @@ fn a_killed_primary_loses_nothing_that_it_confirmed() {
     let mut cluster = Cluster::start(ClusterOptions::default());
     let database = cluster.scratch().join("app.db");
     create_tables(&cluster, &database, 1);
-    let mut writer = Writer::start(&cluster, &database, 1, 1, ENDLESS, TIMEOUT);
+    let mut writer = Writer::start_steady(&cluster, &database, 1, TIMEOUT);
     for _ in 0..kill_count() {
         let before = writer.so_far().committed();
         writer.wait_committed(before + 1, LIMIT);

@@ -9,7 +9,6 @@ use std::time::Duration;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 const LIMIT: Duration = Duration::from_secs(120);
-const ENDLESS: u64 = 1 << 40;
 
 #[test]
 fn killed_replicas_stop_no_commit_and_catch_up() {
@@ -19,7 +18,7 @@ fn killed_replicas_stop_no_commit_and_catch_up() {
     let mut cluster = Cluster::start(ClusterOptions::journals_keep_all());
     let database = cluster.scratch().join("app.db");
     create_tables(&cluster, &database, 1);
-    let mut writer = Writer::start(&cluster, &database, 1, 1, ENDLESS, TIMEOUT);
+    let mut writer = Writer::start_steady(&cluster, &database, 1, TIMEOUT);
     let replicas = cluster.replicas();
     let mut away: Vec<String> = Vec::new();
     for _ in 0..kill_count() {
