@@ -136,6 +136,41 @@ impl ArchiveIndex {
         Ok(None)
     }
 
+    /// The last transaction at or below an entry: none when the log has none there.
+    ///
+    /// # Errors
+    /// When the store fails, a chunk is damaged, or the archive does not hold all that is needed to
+    /// tell.
+    pub async fn last_through(
+        &self,
+        through_lsn: Lsn,
+    ) -> Result<Option<TransactionSummary>, RestoreError> {
+        let archived_lsn = self.listing.archived_lsn();
+        if archived_lsn < through_lsn {
+            let error = PlanError::BeyondEnd { last: archived_lsn };
+            return Err(error.into_restore_error(&self.listing));
+        }
+        let in_chunks = self.last_at(When::Lsn(through_lsn)).await?;
+        let mut snapshots = self.listing.snapshots.iter().rev();
+        let in_snapshot = match snapshots.find(|snapshot| snapshot.point.lsn <= through_lsn) {
+            Some(snapshot) => self.snapshot_transaction(snapshot).await?,
+            None => None,
+        };
+        // Chunks before a snapshot may be gone already, or not yet.
+        let found = in_chunks.into_iter().chain(in_snapshot);
+        let last = found.max_by_key(|summary| summary.position.lsn);
+        if last.is_none() && !self.begins_log() {
+            return Err(PlanError::BeforeFirst.into_restore_error(&self.listing));
+        }
+        Ok(last)
+    }
+
+    /// Whether nothing was dropped from the beginning.
+    fn begins_log(&self) -> bool {
+        let first = self.listing.chunks.first();
+        first.is_some_and(|chunk| chunk.range.first_lsn == Lsn::new(1))
+    }
+
     /// First and last commit that can be restored.
     ///
     /// # Errors
@@ -146,11 +181,7 @@ impl ArchiveIndex {
             None => None,
         };
         let last = self.last_at(When::Latest).await?.or(newest);
-        let begins_log = self
-            .listing
-            .chunks
-            .first()
-            .is_some_and(|chunk| chunk.range.first_lsn == Lsn::new(1));
+        let begins_log = self.begins_log();
         let oldest = self.listing.snapshots.first().filter(|_| !begins_log);
         if let Some(snapshot) = oldest {
             let first = self.snapshot_transaction(snapshot).await?;

@@ -1,6 +1,7 @@
 //! What open does on a real cluster, row by row of its table: create, hydrate, equal, behind, ahead
 //! or different; after deaths between the quorum's ack and the local write, and after power losses.
 
+use durovfs_journal::{DatabaseState, Journal, JournalOptions, Record};
 use durovfs_tests::app::{App, CANTOPEN, plain_query};
 use durovfs_tests::cluster::{Cluster, ClusterOptions};
 use durovfs_tests::hosts::{HOSTS, Hosts};
@@ -309,6 +310,65 @@ fn a_damaged_archive_hydrates_nothing() {
     assert_eq!(content(&mut on_b), expected);
     on_b.close();
     assert_same_on(&hosts, b);
+}
+
+/// A replica's journal as it is when it lost its power while it began anew behind the archive: the
+/// first record of the append is there, and the entry that would have told of the log is not.
+fn begin_anew(cluster: &Cluster, node: &str) {
+    let directory = cluster.node_path(node).join("data/journal");
+    let (journal, states) = Journal::open(JournalOptions {
+        segment_bytes: 64 << 20,
+        limit_bytes: 16 << 30,
+        ..JournalOptions::new(directory, true)
+    })
+    .expect("open the journal");
+    let (done, written) = std::sync::mpsc::channel();
+    let DatabaseState { database, last, .. } = states[0].clone();
+    let record = Record::Restart { database, at: last };
+    let told = move |result| done.send(result).expect("tell");
+    journal.append(vec![record], Box::new(told));
+    written.recv().expect("an answer").expect("append");
+    journal.close();
+}
+
+#[test]
+fn replicas_that_all_began_anew_are_not_an_empty_database() {
+    // Broken: a host with no log of its own would be told of no transaction by anybody, show an
+    // empty database, and write over the one that is in the archive.
+    let mut cluster = Cluster::start(ClusterOptions {
+        replicas: 3,
+        ..ClusterOptions::default()
+    });
+    let database = cluster.scratch().join("app.db");
+    let mut app = begin(&cluster, &database);
+    insert(&mut app, 1, 20);
+    app.close();
+    cluster.wait_level(&database, LIMIT);
+    cluster.wait_archived(&database, LIMIT);
+    cluster.stop();
+    for node in cluster.replicas() {
+        begin_anew(&cluster, &node);
+    }
+    std::fs::remove_dir_all(cluster.node_path("primary").join("data")).unwrap();
+    for piece in ["", "-wal", "-shm", "-durovfs"] {
+        let _ = std::fs::remove_file(beside(&database, piece));
+    }
+    // As long as the archive cannot be asked, nobody knows.
+    let (archive, away) = (cluster.archive(), cluster.scratch().join("away"));
+    std::fs::rename(&archive, &away).unwrap();
+    cluster.start_again();
+    let (refused, reply) = App::start(&cluster, &database);
+    assert_eq!(reply.result.unwrap_err().code & 0xff, CANTOPEN);
+    drop(refused);
+    std::fs::remove_dir_all(&archive).unwrap_or_default();
+    std::fs::rename(&away, &archive).unwrap();
+
+    let mut app = App::open(&cluster, &database);
+    assert_eq!(count(&mut app), 20);
+    insert(&mut app, 21, 25);
+    assert_eq!(count(&mut app), 25);
+    app.close();
+    assert_level(&cluster, &database);
 }
 
 fn files_below(folder: &Path) -> Vec<PathBuf> {

@@ -6,6 +6,7 @@ use durovfs_journal::JournalError;
 use durovfs_link::Connection;
 use durovfs_sidecar::replica_log::Notice;
 use durovfs_wire::client::ClientMessage;
+use durovfs_wire::entry::TransactionSummary;
 use durovfs_wire::peer::{PrimaryMessage, ReplicaMessage};
 use durovfs_wire::{DatabaseId, Epoch, LogPosition, Lsn, NodeName};
 use std::rc::Rc;
@@ -79,6 +80,11 @@ pub enum Event {
         epoch: Epoch,
         donor: NodeName,
         result: Result<(), String>,
+    },
+    /// The archive has told the last transaction of a log that is to be opened, or could not.
+    EndFound {
+        question: super::epoch_start::EndQuestion,
+        result: Result<Option<TransactionSummary>, String>,
     },
     /// A bulk feed has sent its range.
     BulkSent {

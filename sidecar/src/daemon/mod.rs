@@ -7,6 +7,7 @@
 mod bookmark;
 mod bulk;
 mod crowding;
+mod epoch_start;
 mod event;
 mod feed;
 mod members;

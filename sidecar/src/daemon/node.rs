@@ -237,6 +237,11 @@ impl Node {
                 self.handle_fetched(database, epoch, &donor, result);
                 self.drive_primary(database);
             }
+            Event::EndFound { question, result } => {
+                let database = question.database();
+                self.handle_end_found(question, result);
+                self.drive_primary(database);
+            }
             Event::BulkSent {
                 database,
                 node,

@@ -61,6 +61,8 @@ pub struct PrimaryDatabase {
     pub donor_end: DonorEnd,
     /// Our own journal failed: the log is read again from the replicas.
     pub own_trouble: Option<String>,
+    /// Why the log's last transaction is not known yet, for those who wait for the log.
+    pub unknown_end: Option<String>,
     /// The newest attempt to win an epoch.
     pub claimant: ClaimantId,
     /// When to claim again.
@@ -152,6 +154,7 @@ impl PrimaryDatabase {
             epoch_start: None,
             donor_end: DonorEnd::NONE,
             own_trouble: None,
+            unknown_end: None,
             claimant: new_claimant(),
             claim_at: None,
             failed_claims: 0,
@@ -182,6 +185,7 @@ impl PrimaryDatabase {
     pub fn begin_claim(&mut self) {
         self.claimant = new_claimant();
         self.donor_end = DonorEnd::NONE;
+        self.unknown_end = None;
         self.machine.force_claims(self.forced);
         self.machine.start_claim(self.claimant);
     }
@@ -589,54 +593,8 @@ impl Node {
         }
     }
 
-    /// Makes the epoch start from what our own journal says now: all truncation is behind it.
-    pub fn write_epoch_start(&mut self, database: DatabaseId, position: LogPosition) {
-        let time = self.next_time(database);
-        let held = self
-            .primary_journal
-            .state(database)
-            .and_then(|state| state.last_transaction);
-        let Some(db) = self.primaries.get_mut(&database) else {
-            return;
-        };
-        if db.own_trouble.is_some() || db.machine.epoch() != position.epoch {
-            return;
-        }
-        let claimant = db.claimant;
-        // A log that began anew behind the archive, in this claim or in an earlier one that came to
-        // nothing, does not know its last transaction itself.
-        let last_transaction = held.or_else(|| db.donor_end.transaction_at(db.machine.last()));
-        db.last_transaction = last_transaction;
-        let header = PartHeader {
-            database,
-            epoch: position.epoch,
-            lsn: position.lsn,
-            part: 0,
-            kind: PartKind::EpochStart {
-                time,
-                last_transaction,
-            },
-        };
-        // Our own journal learns the name and the epoch by the same record as a replica's.
-        let named = Record::Promise {
-            database,
-            name: db.name.clone(),
-            epoch: position.epoch,
-            claimant,
-            replica: None,
-        };
-        self.write_own_records(database, vec![named], None, None);
-        self.append_own(
-            EntryPart {
-                header,
-                payload: Bytes::new(),
-            },
-            None,
-        );
-    }
-
     /// The time of the next entry: the clock's, but never back within a log.
-    fn next_time(&self, database: DatabaseId) -> Timestamp {
+    pub fn next_time(&self, database: DatabaseId) -> Timestamp {
         let last = self
             .primaries
             .get(&database)

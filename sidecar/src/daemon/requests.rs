@@ -305,6 +305,7 @@ impl Node {
             let Some(db) = self.primaries.get_mut(&database) else {
                 continue;
             };
+            let missing = missing.or_else(|| db.unknown_end.clone());
             let missing = missing.unwrap_or_else(|| match db.is_open() {
                 true => "the primary's own journal is behind its replicas".to_owned(),
                 false => "its replicas did not promise".to_owned(),

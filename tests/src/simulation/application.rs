@@ -119,7 +119,7 @@ impl World {
             return self.claim_now(host, database);
         }
         let end = serving.machine.commit_lsn().min(serving.written_lsn);
-        let last = serving.last_transaction;
+        let (epoch, last) = (serving.machine.epoch(), serving.last_transaction);
         let application = &self.apps[host][database];
         if last.is_some_and(|last| last.position.lsn > end) || !application.in_flight.is_empty() {
             return; // our own journal does not have it yet
@@ -136,7 +136,7 @@ impl World {
                 last.position
             );
         }
-        self.checker.check_opened(database, target, &image);
+        self.checker.check_opened(database, (epoch, target), &image);
         let application = &mut self.apps[host][database];
         (application.image, application.at, application.opened) = (image, target, true);
     }

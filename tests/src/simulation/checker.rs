@@ -4,7 +4,7 @@
 use super::World;
 use super::settings::{DATABASE_COUNT, Machine, Mutation, REPLICA_COUNT};
 use durovfs_journal::DatabaseState;
-use durovfs_wire::entry::{CommitHeader, Origin, SlotPages};
+use durovfs_wire::entry::{CommitHeader, Origin, SlotPages, TransactionSummary};
 use durovfs_wire::peer::ReplicaMessage;
 use durovfs_wire::{
     DatabaseChecksum, EntryPart, Epoch, LogPosition, Lsn, PageChecksum, PageNo, PartKind,
@@ -234,8 +234,35 @@ impl Checker {
         archive.range(first_lsn..=last_lsn).flat_map(|(_, p)| p)
     }
 
-    /// An opened database has the image of the model at that transaction.
-    pub fn check_opened(&self, database: usize, lsn: Lsn, image: &Image) {
+    /// The last archived transaction through an entry.
+    pub fn archived_transaction(
+        &self,
+        database: usize,
+        through_lsn: Lsn,
+    ) -> Option<TransactionSummary> {
+        let archive = &self.facts[database].archive;
+        assert!(
+            archive.contains_key(&through_lsn),
+            "database {database}: lsn {through_lsn} is in no journal and not in the archive"
+        );
+        let entries = archive.range(..=through_lsn).rev();
+        let mut commits = entries.filter_map(|(_, parts)| parts.last()?.header.transaction());
+        commits.next()
+    }
+
+    /// An opened database has the image of the model at that transaction, and no transaction of an
+    /// older epoch comes after it.
+    pub fn check_opened(&self, database: usize, (epoch, lsn): (Epoch, Lsn), image: &Image) {
+        let facts = &self.facts[database];
+        let commits = facts
+            .origins
+            .values()
+            .filter_map(|lsn| facts.committed.get(lsn));
+        let missed = commits.filter(|at| at.epoch < epoch && at.lsn > lsn).max();
+        assert_eq!(
+            missed, None,
+            "database {database}: opened in epoch {epoch} at lsn {lsn}, without a commit"
+        );
         let model = self.facts[database].images.get(&lsn);
         assert!(
             lsn == Lsn::ZERO || model == Some(image),

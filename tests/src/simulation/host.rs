@@ -14,7 +14,7 @@ use bytes::Bytes;
 use durovfs_journal::disk::memory::MemoryDisk;
 use durovfs_journal::{DatabaseState, Journal, JournalDriver, JournalError, Record};
 use durovfs_quorum::{LocalLog, Primary, PrimaryEffect, PrimaryState};
-use durovfs_sidecar::donor::DonorEnd;
+use durovfs_sidecar::donor::{DonorEnd, LastTransaction};
 use durovfs_wire::entry::TransactionSummary;
 use durovfs_wire::membership::{Member, Membership};
 use durovfs_wire::peer::{PrimaryMessage, ReplicaMessage};

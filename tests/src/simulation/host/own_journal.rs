@@ -192,18 +192,21 @@ impl World {
         let Some(running) = &mut self.hosts[host].up else {
             return;
         };
-        let held = running
-            .journal
-            .state(database_id(database))
-            .and_then(|state| state.last_transaction);
+        let held = running.journal.state(database_id(database));
         let Some(serving) = running.servings.get_mut(&database) else {
             return;
         };
         if serving.own_trouble || serving.machine.epoch() != position.epoch {
             return;
         }
-        let last_transaction =
-            held.or_else(|| serving.donor_end.transaction_at(serving.machine.last()));
+        let end = serving.machine.last();
+        let last_transaction = match serving.donor_end.last_transaction(held.as_ref(), end) {
+            LastTransaction::Known(last) => last,
+            // The archive answers at once here.
+            LastTransaction::Archived { through_lsn } => {
+                self.checker.archived_transaction(database, through_lsn)
+            }
+        };
         serving.last_transaction = last_transaction;
         let header = PartHeader {
             database: database_id(database),
