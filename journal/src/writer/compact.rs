@@ -6,7 +6,8 @@
 //! written again frees at least another one. A crash in between leaves both copies, which is as
 //! good as one: the old segment goes when the new copy is durable.
 
-use super::{Batch, Encoded, Writer};
+use super::Writer;
+use super::batch::{Batch, Encoded};
 use crate::error::JournalError;
 use crate::format::record_bytes;
 use crate::reader::read_part;

@@ -9,7 +9,7 @@ use super::settings::{DATABASE_COUNT, HOST_COUNT, Machine, Micros, Mutation, Tea
 use super::{database_id, database_index, host_index, host_name};
 use bytes::Bytes;
 use durovfs_journal::disk::memory::MemoryDisk;
-use durovfs_journal::{DatabaseState, Journal, JournalDriver, JournalOptions, Parts};
+use durovfs_journal::{DatabaseState, Journal, JournalDriver, JournalError, JournalOptions, Parts};
 use durovfs_sidecar::replica_log::{AppendContext, Notice, NoticeSink, ReplicaLog};
 use durovfs_wire::peer::{Claim, PrimaryMessage, Promise, RejectReason, ReplicaMessage};
 use durovfs_wire::{ClaimantId, EntryPart, Epoch, Lsn, ReplicaId};
@@ -124,8 +124,10 @@ impl World {
             Ok(opened) => opened,
             Err(error) => {
                 // An operation failed, or the power went while it started: again.
+                let is_damaged = matches!(error, JournalError::Damaged { .. });
+                let may_fail = self.may_fail(machine) && !is_damaged;
                 assert!(
-                    self.nodes[node].disk.is_off() || self.may_fail(machine),
+                    self.nodes[node].disk.is_off() || may_fail,
                     "replica {node} does not start: {error}"
                 );
                 self.crash_node(node, self.nodes[node].disk.is_off());
