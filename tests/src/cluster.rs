@@ -418,3 +418,11 @@ pub fn peak_resident_bytes(pid: u32) -> u64 {
         .and_then(|number| number.parse::<u64>().ok());
     kilobytes.expect("VmHWM is a number") << 10
 }
+
+/// From now on [`peak_resident_bytes`] tells of what comes.
+///
+/// # Panics
+/// When there is no such process.
+pub fn forget_peak(pid: u32) {
+    std::fs::write(format!("/proc/{pid}/clear_refs"), "5").expect("forget its peak");
+}
