@@ -11,7 +11,7 @@ mod batch;
 mod compact;
 mod rotation;
 
-use crate::block::Blocks;
+use crate::block::{Blocks, cuts};
 use crate::error::JournalError;
 use crate::format::{SEGMENT_HEADER_BYTES, record_bytes};
 use crate::journal::{Append, Completion, Item, Shared};
@@ -152,7 +152,11 @@ impl Writer {
             };
             let Append { records, done } = append;
             match self.add(&mut batch, &records) {
-                Added::Yes => batch.completions.push((done, Ok(()))),
+                Added::Yes => {
+                    // What is cut off may have been all that kept a segment.
+                    clean |= records.iter().any(cuts);
+                    batch.completions.push((done, Ok(())));
+                }
                 Added::Refused(error) => {
                     self.blocked.note(&records);
                     batch.completions.push((done, Err(error)));

@@ -12,8 +12,8 @@ const ROWS: u64 = 40;
 /// Small commits, too: many entries are held in another way than large ones.
 const SMALL_ROWS: u64 = 2000;
 /// Of a node that takes or gives the backlog, which is twice as much: 32 MiB that it has taken and
-/// not written yet (`UNWRITTEN_LIMIT_BYTES`), 8 MiB of each peer's queue (`OUTBOX_LIMIT_BYTES`), two
-/// parts that are read ahead (`PARTS_AHEAD`), a batch of 4 MiB of the journal, and QUIC's windows.
+/// not written yet (`UNWRITTEN_LIMIT_BYTES`), 8 MiB for each peer (`OUTBOX_LIMIT_BYTES`), two
+/// parts that are read ahead (`PARTS_AHEAD`), a batch of 4 MiB of the journal, QUIC's windows.
 const PEAK_MAX: u64 = 120 << 20;
 
 fn pid(cluster: &Cluster, node: &str) -> u32 {

@@ -179,6 +179,8 @@ pub enum ReplicaMessage {
         trouble: Option<String>,
         /// How much of what its journal may take is taken, in percent.
         journal_percent: u8,
+        /// What its journal may take, in bytes.
+        journal_limit_bytes: u64,
     },
 }
 

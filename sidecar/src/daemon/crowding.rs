@@ -2,12 +2,16 @@
 //! so that whoever writes notices while there is time, and then refused. Nothing is lost.
 
 use super::node::Node;
+use super::peers::Peer;
 use super::primary::{CommitWaiter, PrimaryDatabase, answer_commit};
 use durovfs_wire::DatabaseId;
 use durovfs_wire::client::CommitOutcome;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+/// From here on no more pages of open transactions are taken: before commits are slowed, by more
+/// than what may have been taken from the network and not be written yet.
+pub const STREAM_UP_TO_PERCENT: u8 = 75;
 /// From here on commits are slowed: with the default limit some 800 MB are left.
 const SLOW_FROM_PERCENT: u8 = 80;
 /// From here on they are refused. What is left is for what is in flight and for catching up.
@@ -113,23 +117,82 @@ impl HeldAnswers {
     }
 }
 
+/// The worst of what the best quorum of each set has: a commit needs a quorum of every set, of
+/// which there are two while members change. Nodes that are not connected take nothing, and leave
+/// it to the others; where these are no quorum nothing follows.
+fn of_quorums<T: Ord + Copy>(
+    sets: impl Iterator<Item = Vec<T>>,
+    quorum: usize,
+    best_first: impl Fn(&T, &T) -> std::cmp::Ordering + Copy,
+) -> Option<T> {
+    let worst = sets.filter_map(|mut set| {
+        set.sort_unstable_by(best_first);
+        set.get(quorum.checked_sub(1)?).copied()
+    });
+    worst.max_by(best_first)
+}
+
 impl Node {
     /// How full the journals are that this database needs.
     pub fn crowding(&self, db: &PrimaryDatabase) -> Crowding {
-        let quorum = self.config.ack_quorum;
-        let peers = db.feeds.keys().filter_map(|node| self.peers.get(node));
-        let mut percents: Vec<u8> = peers.map(|peer| peer.journal_percent).collect();
-        percents.sort_unstable();
+        let quorum = db.machine.membership().ack_quorum;
+        let percents = self.of_sets(db, |peer| peer.journal_percent);
         Crowding {
             own_percent: self.own_percent,
-            quorum_percent: percents.get(quorum.saturating_sub(1)).copied().unwrap_or(0),
+            quorum_percent: of_quorums(percents, quorum, u8::cmp).unwrap_or(0),
         }
+    }
+
+    /// Bytes that an open transaction may have, so that it leaves room in the journals of a quorum.
+    pub fn stream_room_bytes(&self, db: &PrimaryDatabase) -> u64 {
+        let quorum = db.machine.membership().ack_quorum;
+        let rooms = self.of_sets(db, |peer| match peer.journal_limit_bytes {
+            0 => u64::MAX,
+            limit_bytes => {
+                let percent = STREAM_UP_TO_PERCENT.saturating_sub(peer.journal_percent);
+                limit_bytes / 100 * u64::from(percent)
+            }
+        });
+        let largest_first = |a: &u64, b: &u64| b.cmp(a);
+        of_quorums(rooms, quorum, largest_first).unwrap_or(u64::MAX)
+    }
+
+    /// Something of each connected member, by set of members.
+    fn of_sets<T>(
+        &self,
+        db: &PrimaryDatabase,
+        told: impl Fn(&Peer) -> T + Copy,
+    ) -> impl Iterator<Item = Vec<T>> {
+        db.machine.membership().sets().map(move |set| {
+            let peers = set.iter().filter_map(|member| self.peers.get(&member.node));
+            let connected = peers.filter(|peer| peer.link.is_some());
+            connected.map(told).collect()
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    // If this failed, one of two quorums would run full while members change, or a node that is
+    // away would pass for one with room.
+    #[test]
+    fn a_commit_needs_room_in_a_quorum_of_every_set() {
+        let percent = |sets: &[&[u8]], quorum| {
+            let sets = sets.iter().map(|set| set.to_vec());
+            of_quorums(sets, quorum, u8::cmp)
+        };
+        assert_eq!(percent(&[&[97, 10, 96, 20, 30]], 3), Some(30));
+        // Two of five are away: all three others are needed.
+        assert_eq!(percent(&[&[97, 10, 20]], 3), Some(97));
+        let joint: [&[u8]; 2] = [&[97, 10, 10, 20, 96], &[97, 10, 96, 20, 95]];
+        assert_eq!(percent(&joint, 3), Some(95));
+        assert_eq!(percent(&[&[97, 97]], 3), None);
+        let rooms = [vec![5u64, 900, 700], vec![5, 800, 600]];
+        let room = of_quorums(rooms.into_iter(), 2, |a, b| b.cmp(a));
+        assert_eq!(room, Some(600));
+    }
 
     // If this failed, journals would run full without a sign, or commits would be slow for nothing.
     #[test]

@@ -24,6 +24,7 @@ mod requests;
 mod scrub;
 mod server;
 mod status;
+mod streaming;
 mod uploader;
 
 use crate::config::SidecarConfig;

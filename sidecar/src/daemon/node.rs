@@ -220,7 +220,7 @@ impl Node {
             } => {
                 self.handle_from_client(session, &grant, &outbox, message, (payload, permit));
             }
-            Event::ClientLost { session } => tracing::debug!(?session, "a client is gone"),
+            Event::ClientLost { session } => self.client_lost(session),
             ended => self.handle_task_event(ended),
         }
     }

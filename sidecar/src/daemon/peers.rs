@@ -30,6 +30,8 @@ pub struct Peer {
     pub trouble: Option<String>,
     /// How full it says that its journal is.
     pub journal_percent: u8,
+    /// What it says that its journal may take; zero before it has.
+    pub journal_limit_bytes: u64,
     connecting: bool,
 }
 
@@ -56,6 +58,7 @@ impl Peer {
             last_error: None,
             trouble: None,
             journal_percent: 0,
+            journal_limit_bytes: 0,
             connecting: false,
         }
     }

@@ -6,6 +6,7 @@ use super::members::{HeldWrite, Members};
 use super::node::{Node, new_claimant};
 use super::opening::Waiter;
 use super::outbox::Outbox;
+use super::streaming::Streamed;
 use super::uploader::UploadState;
 use bytes::Bytes;
 use durovfs_journal::{DatabaseState, JournalError, Record};
@@ -16,7 +17,7 @@ use durovfs_wire::entry::{CommitHeader, Origin, TransactionSummary};
 use durovfs_wire::peer::PrimaryMessage;
 use durovfs_wire::{
     ClaimantId, ClientId, DatabaseId, EntryPart, Epoch, Frame, LogPosition, Lsn, Membership,
-    NodeName, PageSize, PartHeader, PartKind, Timestamp,
+    NodeName, PartHeader, PartKind, Timestamp,
 };
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -44,6 +45,8 @@ pub struct PrimaryDatabase {
     pub last_transaction: Option<TransactionSummary>,
     /// The transaction whose pages stream in.
     pub streamed: Option<Streamed>,
+    /// The one that was given up because it is too large.
+    pub refused_stream: Option<(SessionId, u64)>,
     /// The commits whose outcome is not certain yet, in the log's order. More than one only with
     /// deferred durability: each of them was made on top of the one before.
     pub pending: VecDeque<PendingCommit>,
@@ -81,14 +84,6 @@ pub struct PrimaryDatabase {
     pub upload: UploadState,
     /// The change of its members.
     pub members: Members,
-}
-
-/// A transaction whose pages were sent before its commit.
-pub struct Streamed {
-    session: SessionId,
-    sequence: u64,
-    position: LogPosition,
-    parts: u32,
 }
 
 /// A commit that was sent to the replicas.
@@ -146,6 +141,7 @@ impl PrimaryDatabase {
             name,
             last_transaction: state.and_then(|state| state.last_transaction),
             streamed: None,
+            refused_stream: None,
             pending: VecDeque::new(),
             waiters: Vec::new(),
             feeds,
@@ -265,88 +261,6 @@ pub struct CommitRequest {
 }
 
 impl Node {
-    /// Takes slots of an open transaction into our own journal.
-    pub fn handle_pages(
-        &mut self,
-        session: SessionId,
-        (database, sequence): (DatabaseId, u64),
-        page_size: PageSize,
-        payload: Bytes,
-        permit: Permit,
-    ) {
-        let write = HeldWrite::Pages {
-            session,
-            sequence,
-            page_size,
-            payload,
-            permit,
-        };
-        let Some(HeldWrite::Pages {
-            payload, permit, ..
-        }) = self.hold_write(database, write)
-        else {
-            return;
-        };
-        let Some(db) = self.primaries.get_mut(&database) else {
-            return;
-        };
-        let Some(lsn) = db
-            .machine
-            .next_lsn()
-            .filter(|_| db.is_open() && db.pending.is_empty())
-        else {
-            db.streamed = None; // its commit will be refused: parts are missing
-            return;
-        };
-        let position = LogPosition::new(db.machine.epoch(), lsn);
-        let part = match &db.streamed {
-            Some(open)
-                if (open.session, open.sequence, open.position)
-                    == (session, sequence, position) =>
-            {
-                open.parts
-            }
-            _ => 0,
-        };
-        let kind = PartKind::Pages { page_size };
-        let header = PartHeader {
-            database,
-            epoch: position.epoch,
-            lsn,
-            part,
-            kind,
-        };
-        let entry = EntryPart { header, payload };
-        if let Err(error) = entry.slots() {
-            tracing::error!(name = %db.name, %error, "pages refused");
-            db.streamed = None;
-            return;
-        }
-        db.streamed = Some(Streamed {
-            session,
-            sequence,
-            position,
-            parts: part + 1,
-        });
-        self.write_own(entry, permit);
-    }
-
-    /// The client takes an open transaction back.
-    pub fn handle_abort(&mut self, session: SessionId, database: DatabaseId, sequence: u64) {
-        let write = HeldWrite::Abort { session, sequence };
-        if self.hold_write(database, write).is_none() {
-            return;
-        }
-        if let Some(db) = self.primaries.get_mut(&database)
-            && db
-                .streamed
-                .as_ref()
-                .is_some_and(|open| (open.session, open.sequence) == (session, sequence))
-        {
-            db.streamed = None;
-        }
-    }
-
     /// Takes a commit: refuses it for certain, or sends it.
     pub fn handle_commit(&mut self, request: CommitRequest) {
         let database = request.database;
@@ -408,22 +322,14 @@ impl Node {
         };
         db.check_order(request)?;
         let position = LogPosition::new(db.machine.epoch(), lsn);
-        let streamed = match &db.streamed {
-            Some(open)
-                if (open.session, open.sequence, open.position)
-                    == (request.session, origin.sequence, position) =>
-            {
-                open.parts
-            }
-            _ => 0,
-        };
-        if streamed != request.streamed_parts {
-            return refuse(format!(
+        match db.streamed_parts((request.session, origin.sequence), position) {
+            Err(too_large) => refuse(too_large),
+            Ok(streamed) if streamed != request.streamed_parts => refuse(format!(
                 "{streamed} of {} streamed parts are here: the sidecar or the quorum was away",
                 request.streamed_parts
-            ));
+            )),
+            Ok(streamed) => Ok((position, streamed)),
         }
-        Ok((position, streamed))
     }
 
     fn send_commit(
@@ -503,7 +409,7 @@ impl Node {
         self.write_own(entry, permit);
     }
 
-    fn write_own(&mut self, entry: EntryPart, permit: Permit) {
+    pub fn write_own(&mut self, entry: EntryPart, permit: Permit) {
         let header = entry.header;
         self.write_own_records(
             header.database,

@@ -346,10 +346,12 @@ impl Node {
             ReplicaMessage::Pong {
                 trouble,
                 journal_percent,
+                journal_limit_bytes,
                 ..
             } => {
                 peer.trouble.clone_from(trouble);
                 peer.journal_percent = *journal_percent;
+                peer.journal_limit_bytes = *journal_limit_bytes;
                 return;
             }
             ReplicaMessage::Found { request, logs } => {

@@ -80,6 +80,7 @@ impl Node {
                     sequence,
                     trouble: self.replica_trouble(),
                     journal_percent: self.replica_journal.percent_taken(),
+                    journal_limit_bytes: self.config.journal.limit_bytes,
                 });
             }
             PrimaryMessage::Find { request, name } => {
