@@ -139,13 +139,19 @@ impl App {
     /// # Panics
     /// When the process is gone.
     pub fn ask(&mut self, request: &Value) -> Reply {
-        writeln!(self.input, "{request}").expect("write to the application");
+        self.try_ask(request)
+            .unwrap_or_else(|| panic!("the application ended after {request}"))
+    }
+
+    /// The same; none when the process is gone, or went meanwhile.
+    ///
+    /// # Panics
+    /// When the answer is none.
+    pub fn try_ask(&mut self, request: &Value) -> Option<Reply> {
+        writeln!(self.input, "{request}").ok()?;
         let mut line = String::new();
-        self.output
-            .read_line(&mut line)
-            .expect("read from the application");
-        let answer: Value = serde_json::from_str(&line)
-            .unwrap_or_else(|_| panic!("the application ended after {request}: {line:?}"));
+        self.output.read_line(&mut line).ok()?;
+        let answer: Value = serde_json::from_str(&line).ok()?;
         let time = Duration::from_micros(answer["us"].as_u64().expect("a time"));
         let result = match answer["error"].as_str() {
             Some(message) => Err(SqlError {
@@ -160,7 +166,12 @@ impl App {
                     .collect())
             }
         };
-        Reply { result, time }
+        Some(Reply { result, time })
+    }
+
+    /// Executes one statement; none when the process is gone.
+    pub fn try_execute(&mut self, sql: &str) -> Option<Reply> {
+        self.try_ask(&json!({ "sql": sql }))
     }
 
     /// Executes one statement.

@@ -7,6 +7,7 @@ pub mod app;
 pub mod binaries;
 pub mod cluster;
 pub mod damage;
+pub mod disks;
 pub mod hosts;
 pub mod image;
 pub mod outcomes;
