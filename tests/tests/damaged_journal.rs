@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 const LIMIT: Duration = Duration::from_secs(120);
-const ENDLESS: u64 = 1 << 40;
 /// What a journal says when it is opened damaged, and a replica when it is whole again.
 const REPORTED: &str = "going on with what is left";
 const FOUND_RUNNING: &str = "an entry cannot be read";
@@ -87,7 +86,7 @@ fn damaged_journals_are_reported_and_mended_while_commits_go_on() {
     let database = cluster.scratch().join("app.db");
     create_tables(&cluster, &database, 1);
     fill(&cluster, &database);
-    let mut writer = Writer::start(&cluster, &database, 1, 1, ENDLESS, TIMEOUT);
+    let mut writer = Writer::start_steady(&cluster, &database, 1, TIMEOUT);
     writer.wait_committed(20, LIMIT);
     cluster.wait_level(&database, LIMIT);
 
@@ -182,7 +181,7 @@ fn a_primary_whose_own_journal_is_damaged_fetches_what_it_lacks() {
     cluster.start_node("primary");
     let database = cluster.scratch().join("app.db");
     create_tables(&cluster, &database, 1);
-    let mut writer = Writer::start(&cluster, &database, 1, 1, ENDLESS, TIMEOUT);
+    let mut writer = Writer::start_steady(&cluster, &database, 1, TIMEOUT);
     writer.wait_committed(50, LIMIT);
     let opened = times_logged(&cluster, "primary", OPEN);
 
