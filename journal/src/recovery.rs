@@ -303,8 +303,10 @@ fn read_segment(segment: &Segment) -> Result<Vec<u8>, JournalError> {
 /// The highest `synced_through` of good records from `start` on whose sequence is at least `from`.
 fn synced_through_after(bytes: &[u8], start: u64, segment: &Segment, from: u64) -> u64 {
     let mut highest = 0;
-    let mut offset = (start.next_multiple_of(ALIGNMENT) as usize).min(bytes.len());
-    while offset < bytes.len() {
+    let mut offset = start.next_multiple_of(ALIGNMENT) as usize;
+    // No record begins in the zeros at the end, most of a segment that was begun lately.
+    let used = used_bytes(bytes);
+    while offset < used {
         match RawRecord::parse(&bytes[offset..], segment.header.salt) {
             Some(raw) if raw.sequence >= from => {
                 highest = highest.max(raw.synced_through);
@@ -314,6 +316,15 @@ fn synced_through_after(bytes: &[u8], start: u64, segment: &Segment, from: u64) 
         }
     }
     highest
+}
+
+/// Where the zeros at the end begin, or a little later.
+fn used_bytes(bytes: &[u8]) -> usize {
+    let zeros = [0u8; ZERO_BLOCK_BYTES];
+    let blocks = bytes.rchunks(ZERO_BLOCK_BYTES);
+    // Block by block: byte by byte it would be most of the time that a start takes.
+    let unused = blocks.take_while(|block| **block == zeros[..block.len()]);
+    bytes.len() - unused.map(<[u8]>::len).sum::<usize>()
 }
 
 /// Makes all after the end zeros, and removes the segments after it. In an order that a crash at
@@ -335,8 +346,7 @@ fn cut(
             .map_err(|e| JournalError::io(format!("remove {}", segment.name), &e))?;
     }
     let tail = &bytes[end as usize..];
-    let torn = tail.iter().any(|byte| *byte != 0);
-    if torn {
+    if used_bytes(tail) > 0 {
         tracing::warn!(
             segment = segment.name,
             offset = end,
@@ -361,7 +371,7 @@ fn zero_tail(
     let zeros = [0u8; ZERO_BLOCK_BYTES];
     let mut offset = end;
     for block in tail.chunks(ZERO_BLOCK_BYTES) {
-        if block.iter().any(|byte| *byte != 0) {
+        if *block != zeros[..block.len()] {
             file.write_at(&zeros[..block.len()], offset)?;
         }
         offset += block.len() as u64;

@@ -319,7 +319,8 @@ async fn wait_for_answer(directory: &Path, node: &mut DevNode) -> Result<(), Fai
                     ..failure
                 });
             }
-            Err(_) => limit = (2 * limit).min(ANSWER_TIMEOUT),
+            // By a quarter: doubled, it would soon be longer than a node takes to start.
+            Err(_) => limit = (5 * limit / 4).min(ANSWER_TIMEOUT),
         }
         // An attempt that failed at once must not become a busy loop.
         tokio::time::sleep(FIRST_CONNECT_LIMIT / 5).await;

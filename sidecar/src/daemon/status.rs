@@ -110,6 +110,7 @@ impl Node {
             PrimaryState::Fenced { .. } => warnings.push(db.fenced_reason()),
             _ => warnings.push("the log is not open: waiting for a quorum of replicas".to_owned()),
         }
+        warnings.extend(db.unknown_end.clone());
         warnings.extend(self.crowding(db).warning());
         warnings.extend(
             db.own_trouble
