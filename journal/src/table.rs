@@ -529,6 +529,8 @@ impl Table {
             state.first_lsn = after.lsn.next();
             self.base_transaction = last_transaction;
         }
+        // Without an entry that goes, readers go on.
+        self.cuts += u64::from(after.lsn < state.last.lsn);
         state.last = after;
         state.last_transaction = last_transaction;
         while state
@@ -539,7 +541,6 @@ impl Table {
             state.history.pop();
         }
         self.pending = None;
-        self.cuts += 1;
         self.moves.truncate_after(after.lsn);
     }
 

@@ -373,3 +373,36 @@ fn after_a_failed_sync_a_journal_without_sync_claims_nothing_for_that_segment() 
         }
     }
 }
+
+/// Broken if this fails: whoever reads a log, to feed a replica or to archive it, has to begin
+/// again whenever an application takes a large transaction back.
+#[test]
+fn an_unfinished_entry_that_is_taken_back_frees_its_room_and_stops_no_reader() {
+    let disk = MemoryDisk::default();
+    let journal = small(&disk, 12);
+    write(&journal, vec![promise(1, 1), start(1, 1, 1, None)]).unwrap();
+    for lsn in 2..6 {
+        let entry = transaction(1, 1, lsn, vec![lsn as u8; 100]);
+        write(&journal, vec![entry]).unwrap();
+    }
+    let read_range = journal.parts(database(1), Lsn::new(1), Lsn::new(5));
+    let mut reader = read_range.unwrap();
+    reader.next().unwrap().unwrap();
+    for round in 0..20 {
+        // Half of the journal.
+        for index in 0..11 {
+            let part = pages(1, 1, 6, index, vec![round; 30_000]);
+            write(&journal, vec![part]).unwrap();
+        }
+        write(&journal, vec![truncate(1, 1, 5)]).unwrap();
+        // The entries before it are moved out of the way batch by batch.
+        for _ in 0..8 {
+            write(&journal, vec![progress(1, 1, 0)]).unwrap();
+        }
+        let usage = journal.usage();
+        assert!(usage.segment_count <= 6, "round {round}: {usage:?}");
+    }
+    assert_eq!(reader.map(Result::unwrap).count(), 4);
+    write(&journal, vec![truncate(1, 1, 3)]).unwrap();
+    assert_eq!(journal.state(database(1)).unwrap().last, position(1, 3));
+}
