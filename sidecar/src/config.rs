@@ -80,6 +80,17 @@ pub struct JournalConfig {
     pub scrub_interval: Duration,
 }
 
+/// Which databases have a warm copy on this node, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CopiesConfig {
+    /// Folder of the copies; each is called by the name of its database below it.
+    pub directory: PathBuf,
+    /// Patterns of names that have one; none means all.
+    pub include: Vec<String>,
+    /// Patterns of names that have none.
+    pub exclude: Vec<String>,
+}
+
 /// Configuration of one sidecar.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SidecarConfig {
@@ -103,6 +114,8 @@ pub struct SidecarConfig {
     pub archive: Option<ArchiveConfig>,
     /// The journal.
     pub journal: JournalConfig,
+    /// Warm copies, if there are to be any.
+    pub copies: Option<CopiesConfig>,
 }
 
 /// Configuration of the extension and of the commands that talk to a sidecar.
@@ -139,6 +152,7 @@ struct RawSidecar {
     archive: Option<RawArchive>,
     #[serde(default)]
     journal: RawJournal,
+    copies: Option<RawCopies>,
 }
 
 #[derive(Deserialize)]
@@ -171,6 +185,16 @@ struct RawJournal {
     segment_bytes: Option<String>,
     limit_bytes: Option<String>,
     scrub_interval: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawCopies {
+    directory: PathBuf,
+    #[serde(default)]
+    include: Vec<String>,
+    #[serde(default)]
+    exclude: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -357,6 +381,22 @@ impl Source<'_> {
         })
     }
 
+    fn copies(&self, raw: RawCopies) -> Result<CopiesConfig, ConfigError> {
+        for (key, patterns) in [
+            ("copies.include", &raw.include),
+            ("copies.exclude", &raw.exclude),
+        ] {
+            for pattern in patterns {
+                globset::Glob::new(pattern).map_err(|error| self.key_error(key, error))?;
+            }
+        }
+        Ok(CopiesConfig {
+            directory: self.path(raw.directory),
+            include: raw.include,
+            exclude: raw.exclude,
+        })
+    }
+
     fn journal(&self, raw: RawJournal) -> Result<JournalConfig, ConfigError> {
         let segment_bytes = self.bytes(
             "journal.segment_bytes",
@@ -416,6 +456,7 @@ impl SidecarConfig {
             ack_quorum,
             archive: raw.archive.map(|raw| source.archive(raw)).transpose()?,
             journal: source.journal(raw.journal)?,
+            copies: raw.copies.map(|raw| source.copies(raw)).transpose()?,
         })
     }
 }

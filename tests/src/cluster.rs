@@ -252,6 +252,39 @@ impl Cluster {
             .then(|| serde_json::from_slice(&output.stdout).expect("status --json prints JSON"))
     }
 
+    /// A client config for another node's sidecar than the primary's.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    pub fn node_client_config(&self, node: &str) -> PathBuf {
+        let sidecar = std::fs::read_to_string(self.node_path(node).join("sidecar.toml"));
+        let sidecar = sidecar.expect("read sidecar.toml");
+        let listen = sidecar
+            .lines()
+            .find_map(|line| line.strip_prefix("listen = "))
+            .expect("an address");
+        let client = std::fs::read_to_string(self.client_config()).expect("read client.toml");
+        let lines = client.lines().map(|line| match line.split(" = ").next() {
+            Some("sidecar") => format!("sidecar = {listen}"),
+            Some("node") => format!("node = \"{node}\""),
+            _ => line.to_owned(),
+        });
+        let text: Vec<String> = lines.collect();
+        let file = self.path().join(format!("ask-{node}.toml"));
+        std::fs::write(&file, text.join("\n") + "\n").expect("write a client.toml");
+        file
+    }
+
+    /// What a node says that is asked itself.
+    ///
+    /// # Panics
+    /// When it does not answer.
+    pub fn node_status(&self, node: &str) -> Value {
+        let config = self.node_client_config(node);
+        let output = self.durovfs(&["status", "--json", "--config", &config.to_string_lossy()]);
+        serde_json::from_slice(&output.stdout).expect("status --json prints JSON")
+    }
+
     /// Waits until the primary's view of a database is as the test wants it.
     ///
     /// # Panics

@@ -38,27 +38,6 @@ fn wait_logged(cluster: &Cluster, node: &str, what: &str, times: usize) {
     }
 }
 
-/// The state of a node that is asked itself.
-fn status_of(cluster: &Cluster, node: &str) -> serde_json::Value {
-    let sidecar = std::fs::read_to_string(cluster.node_path(node).join("sidecar.toml"));
-    let sidecar = sidecar.expect("read sidecar.toml");
-    let listen = sidecar
-        .lines()
-        .find_map(|line| line.strip_prefix("listen = "))
-        .expect("an address");
-    let client = std::fs::read_to_string(cluster.client_config()).expect("read client.toml");
-    let lines = client.lines().map(|line| match line.split(" = ").next() {
-        Some("sidecar") => format!("sidecar = {listen}"),
-        Some("node") => format!("node = \"{node}\""),
-        _ => line.to_owned(),
-    });
-    let text: Vec<String> = lines.collect();
-    let file = cluster.path().join("ask-replica.toml");
-    std::fs::write(&file, text.join("\n") + "\n").expect("write a client.toml");
-    let output = cluster.durovfs(&["status", "--json", "--config", &file.to_string_lossy()]);
-    serde_json::from_slice(&output.stdout).expect("status --json prints JSON")
-}
-
 /// Kills the nodes, damages their journals, starts them again.
 fn damage_stopped(cluster: &Cluster, nodes: &[&str], damage: impl Fn(&str)) {
     nodes.iter().for_each(|node| cluster.kill(node));
@@ -96,7 +75,7 @@ fn damaged_journals_are_reported_and_mended_while_commits_go_on() {
     });
     wait_logged(&cluster, "replica-1", REPORTED, 1);
     wait_logged(&cluster, "replica-1", WHOLE, 1);
-    let status = status_of(&cluster, "replica-1").to_string();
+    let status = cluster.node_status("replica-1").to_string();
     assert!(status.contains("journal is damaged"), "{status}");
     assert!(status.contains("all databases are whole again"), "{status}");
 

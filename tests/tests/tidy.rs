@@ -7,11 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Folders with Rust code of ours.
-const CRATES: [&str; 10] = [
+const CRATES: [&str; 11] = [
     "wire",
     "quorum",
     "journal",
     "archive",
+    "copies",
     "link",
     "vfs",
     "sqlite-ext",
@@ -40,16 +41,22 @@ const UNSAFE_PLACES: [&str; 6] = [
 
 /// Which crate may import which; the table of the architecture page.
 fn allowed_edges() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
-    let all = ["wire", "quorum", "journal", "archive", "link", "vfs"];
-    let edges: [(&str, &[&str]); 8] = [
+    let all = [
+        "wire", "quorum", "journal", "archive", "copies", "link", "vfs",
+    ];
+    let edges: [(&str, &[&str]); 9] = [
         ("wire", &[]),
         ("quorum", &["wire"]),
         ("journal", &["wire"]),
         ("archive", &["wire"]),
+        ("copies", &["archive", "wire"]),
         ("link", &["wire"]),
         ("vfs", &["wire"]),
         ("sqlite-ext", &["vfs", "link", "wire"]),
-        ("sidecar", &["quorum", "journal", "archive", "link", "wire"]),
+        (
+            "sidecar",
+            &["quorum", "journal", "archive", "copies", "link", "wire"],
+        ),
     ];
     let mut table: BTreeMap<_, BTreeSet<_>> = edges
         .into_iter()

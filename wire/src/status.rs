@@ -69,8 +69,27 @@ pub struct DatabaseStatus {
     pub change: Option<String>,
     /// The replicas, as their primary sees them.
     pub replicas: Vec<ReplicaStatus>,
+    /// The warm copy on the node that answers, if it has one.
+    pub copy: Option<CopyStatus>,
     /// What a person should look at: one line each.
     pub warnings: Vec<String>,
+}
+
+/// A warm copy of one database.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyStatus {
+    /// Its file on that node.
+    pub file: String,
+    /// `level`, `catching_up`, `building`, or `waiting` (a warning says for what).
+    pub state: String,
+    /// The last transaction that readers see.
+    pub lsn: Lsn,
+    /// Committed entries that it lacks.
+    pub lag_entries: u64,
+    /// Where it was when it was last read whole and found to be what the log says.
+    pub checked_lsn: Lsn,
+    /// How often it differed, and was built anew, since the sidecar started.
+    pub differences: u64,
 }
 
 /// A replica of one database, as its primary sees it.

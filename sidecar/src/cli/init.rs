@@ -216,6 +216,7 @@ pub fn node_config(
             limit_bytes: DEFAULT_JOURNAL_LIMIT_BYTES,
             scrub_interval: DEFAULT_SCRUB_INTERVAL,
         },
+        copies: None,
     }
 }
 

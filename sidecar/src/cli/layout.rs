@@ -224,6 +224,19 @@ fn render_sidecar(node_directory: &Path, config: &SidecarConfig) -> String {
             orphan_after.as_millis(),
         );
     }
+    if let Some(copies) = &config.copies {
+        let patterns = |patterns: &[String]| {
+            let quoted: Vec<_> = patterns.iter().map(|pattern| quoted(pattern)).collect();
+            quoted.join(", ")
+        };
+        let _ = write!(
+            text,
+            "\n[copies]\ndirectory = {}\ninclude = [{}]\nexclude = [{}]\n",
+            path(&copies.directory),
+            patterns(&copies.include),
+            patterns(&copies.exclude),
+        );
+    }
     for (name, address) in &config.nodes {
         render_node(&mut text, name, address);
     }
@@ -250,7 +263,7 @@ pub fn write_file(file: &Path, text: &str) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::JournalConfig;
+    use crate::config::{CopiesConfig, JournalConfig};
     use std::time::Duration;
 
     #[test]
@@ -281,6 +294,11 @@ mod tests {
                 limit_bytes: 1 << 30,
                 scrub_interval: Duration::from_secs(3600),
             },
+            copies: Some(CopiesConfig {
+                directory: "/srv/copies".into(),
+                include: vec!["/srv/**".to_owned()],
+                exclude: vec!["**/scratch-*".to_owned()],
+            }),
         };
         write_sidecar(&directory, &config).unwrap();
         assert_eq!(

@@ -5,7 +5,7 @@ use super::{EXIT_NO_DATABASE, Failure};
 use crate::config::ClientConfig;
 use anyhow::Context;
 use clap::Args;
-use durovfs_wire::status::{DatabaseStatus, NodeStatus, ReplicaStatus, Role};
+use durovfs_wire::status::{CopyStatus, DatabaseStatus, NodeStatus, ReplicaStatus, Role};
 use serde::Serialize;
 use serde_json::Value;
 use std::fmt::Write as _;
@@ -197,6 +197,7 @@ fn describe_database(status: &DatabaseStatus) -> String {
             .map(|change| format!("  change: {change}\n")),
     );
     text.extend(status.replicas.iter().map(describe_replica));
+    text.extend(status.copy.iter().map(describe_copy));
     text.extend(
         status
             .warnings
@@ -204,6 +205,13 @@ fn describe_database(status: &DatabaseStatus) -> String {
             .map(|warning| format!("  warning: {warning}\n")),
     );
     text
+}
+
+fn describe_copy(copy: &CopyStatus) -> String {
+    format!(
+        "  warm copy {}  {}  lsn {}  behind {} entries  checked at lsn {}\n",
+        copy.file, copy.state, copy.lsn, copy.lag_entries, copy.checked_lsn,
+    )
 }
 
 fn describe_replica(replica: &ReplicaStatus) -> String {
@@ -269,6 +277,14 @@ mod tests {
                 ack_p50_us: 300,
                 ack_p99_us: 900,
             }],
+            copy: Some(CopyStatus {
+                file: "/srv/copies/app.db".to_owned(),
+                state: "catching_up".to_owned(),
+                lsn: Lsn::new(6),
+                lag_entries: 2,
+                checked_lsn: Lsn::new(5),
+                differences: 0,
+            }),
             warnings: vec!["archive is behind".to_owned()],
         }
     }
@@ -290,6 +306,7 @@ mod tests {
         for expected in [
             "/srv/app.db",
             "committed 8",
+            "warm copy /srv/copies/app.db  catching_up  lsn 6  behind 2 entries",
             "archived 7",
             "replica-1",
             "warning: archive",

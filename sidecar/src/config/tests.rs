@@ -191,3 +191,16 @@ fn durations_and_sizes_are_read_with_their_units_only() {
         assert!(parse_bytes(bad).is_err(), "{bad}");
     }
 }
+
+#[test]
+fn copies_are_off_unless_a_directory_is_named() {
+    // Broken: a node would fill its disk with copies that nobody asked for, or lack those wanted.
+    assert_eq!(parse(SIDECAR).unwrap().copies, None);
+    let with = format!("{SIDECAR}\n[copies]\ndirectory = \"copies\"\nexclude = [\"**/tmp-*\"]\n");
+    let copies = parse(&with).unwrap().copies.unwrap();
+    assert_eq!(copies.directory, Path::new("/c/nodes/primary/copies"));
+    assert_eq!(copies.exclude, ["**/tmp-*"]);
+    let bad = with.replace("**/tmp-*", "a[");
+    let error = parse(&bad).unwrap_err().to_string();
+    assert!(error.contains("copies.exclude"), "{error}");
+}

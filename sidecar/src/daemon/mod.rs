@@ -6,6 +6,7 @@
 
 mod bookmark;
 mod bulk;
+mod copies;
 mod crowding;
 mod epoch_start;
 mod event;
@@ -79,6 +80,7 @@ async fn run_local(config: SidecarConfig) -> anyhow::Result<()> {
         config.journal.scrub_interval,
     )?;
     server::spawn_accept(Rc::clone(&endpoint), events.clone());
+    let copies = copies::Copies::start(&config, &replica_journal)?;
     let mut node = Node::new(NodeParts {
         config: Rc::new(config),
         endpoint: Rc::clone(&endpoint),
@@ -87,6 +89,7 @@ async fn run_local(config: SidecarConfig) -> anyhow::Result<()> {
         primary_journal,
         replica_journal,
         store,
+        copies,
     })?;
     durovfs_archive::chunk::prepare_scratch(&node.scratch_folder())
         .with_context(|| format!("prepare {}", node.scratch_folder().display()))?;

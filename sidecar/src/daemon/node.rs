@@ -1,6 +1,7 @@
 //! The actor: owns all state, takes events, and drives the state machines. One thread, no locks.
 
 use super::bulk::JournalEvents;
+use super::copies::Copies;
 use super::crowding::HeldAnswers;
 use super::event::{Event, EventSender, JournalEvent, SessionId};
 use super::opening::Finding;
@@ -29,6 +30,7 @@ pub struct NodeParts {
     pub primary_journal: Journal,
     pub replica_journal: Journal,
     pub store: Option<Arc<dyn Store>>,
+    pub copies: Option<Copies>,
 }
 
 /// One sidecar.
@@ -42,6 +44,8 @@ pub struct Node {
     /// The logs that this node keeps for others; synced before every ack.
     pub replica_journal: Journal,
     pub store: Option<Arc<dyn Store>>,
+    /// Warm copies of the logs that this node keeps for others.
+    pub copies: Option<Copies>,
     pub primaries: BTreeMap<DatabaseId, PrimaryDatabase>,
     /// Names of `primaries`.
     pub names: BTreeMap<String, DatabaseId>,
@@ -90,6 +94,7 @@ impl Node {
             primary_journal: parts.primary_journal,
             replica_journal: parts.replica_journal,
             store: parts.store,
+            copies: parts.copies,
             primaries: BTreeMap::new(),
             names: BTreeMap::new(),
             findings: BTreeMap::new(),
@@ -343,6 +348,7 @@ impl Node {
         self.tell_progress();
         self.tick_uploads(now);
         self.tick_orphans(now);
+        self.tick_copies();
     }
 
     /// Begins to stop: no new commits, what is in flight ends, open chunks are uploaded.

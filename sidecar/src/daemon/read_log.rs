@@ -1,8 +1,10 @@
 //! Reading a log for a client whose file lacks some of it: from our own journal, and what that has
-//! dropped, or never had, from the archive before it. Each reading is a task with a stream of its
-//! own; one part is in memory at a time, one object of the archive on the disk beside the next.
+//! dropped, or never had, from the archive before it. A client that has nothing begins with the
+//! warm copy of this node, if there is one. Each reading is a task with a stream of its own; one
+//! part is in memory at a time, one object of the archive on the disk beside the next.
 
 use super::bulk::{self, push};
+use super::copies::{SnapshotAnswer, read_snapshot};
 use super::node::Node;
 use super::outbox::Outbox;
 use bytes::Bytes;
@@ -27,6 +29,11 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 /// Times that a reading goes on in the archive, or in our own journal, where the other ended.
 const ROUNDS_MAX: usize = 16;
 
+/// The first entry of every log.
+const FIRST_LSN: Lsn = Lsn::new(1);
+/// How long the thread of the copies may be busy with another one; then the archive is read.
+const COPY_PATIENCE: Duration = Duration::from_millis(500);
+
 /// One reading.
 struct Reading {
     journal: Journal,
@@ -37,6 +44,8 @@ struct Reading {
     next_lsn: Lsn,
     last_lsn: Lsn,
     outbox: Outbox,
+    /// What readers of the warm copy see, when it comes.
+    copy: Option<SnapshotAnswer>,
 }
 
 /// The client is gone; nobody is to be told.
@@ -57,6 +66,9 @@ impl Node {
             next_lsn: first_lsn,
             last_lsn: db.machine.commit_lsn().min(db.written_lsn),
             outbox: outbox.clone(),
+            copy: (pages && first_lsn == FIRST_LSN)
+                .then(|| self.ask_copy(database))
+                .flatten(),
         };
         tokio::task::spawn_local(async move {
             let result = if pages {
@@ -155,6 +167,11 @@ impl Reading {
     /// journal is asked anew where it begins after each reading, and what it drops while it is read
     /// is in the archive by then.
     async fn entries(mut self) -> Result<(), Gone> {
+        if let Some(answer) = self.copy.take()
+            && let Err(error) = self.copy_round(answer).await?
+        {
+            return self.end(Some(error)).await;
+        }
         for _ in 0..ROUNDS_MAX {
             if self.next_lsn > self.last_lsn {
                 return self.end(None).await;
@@ -172,6 +189,37 @@ impl Reading {
         }
         let error = "the journal drops entries faster than they are read: try again";
         self.end(Some(error.to_owned())).await
+    }
+
+    /// Begins with the image that the warm copy has, unless that is more than the log itself.
+    async fn copy_round(&mut self, answer: SnapshotAnswer) -> Result<Result<(), String>, Gone> {
+        let answered = tokio::time::timeout(COPY_PATIENCE, answer).await;
+        let Ok(Ok(Some(snapshot))) = answered else {
+            return Ok(Ok(()));
+        };
+        let summary = snapshot.summary();
+        let lsn = summary.position.lsn;
+        let image_bytes = u64::from(snapshot.image_count()) * summary.commit.page_size.get() as u64;
+        let held_bytes = (self.first_held() <= self.next_lsn).then(|| {
+            self.journal
+                .entry_bytes(self.database, self.next_lsn, self.last_lsn)
+        });
+        if lsn > self.last_lsn || held_bytes.is_some_and(|bytes| bytes <= image_bytes) {
+            return Ok(Ok(()));
+        }
+        let (sender, parts) = mpsc::channel(PARTS_AHEAD);
+        let database = self.database;
+        let task = tokio::task::spawn_blocking(move || read_snapshot(&snapshot, database, &sender));
+        self.forward(parts).await?;
+        match task.await.map_err(|error| error.to_string()) {
+            Ok(Ok(())) => {
+                tracing::info!(name = %self.name, %lsn, "a client begins with the warm copy");
+                self.next_lsn = lsn.next();
+                Ok(Ok(()))
+            }
+            Ok(Err(error)) => Ok(Err(format!("read the warm copy of {}: {error}", self.name))),
+            Err(error) => Ok(Err(format!("read the warm copy of {}: {error}", self.name))),
+        }
     }
 
     /// Reads our own journal, to the end or as far as it still holds what is read.

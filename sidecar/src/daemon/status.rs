@@ -141,6 +141,7 @@ impl Node {
             members: member_nodes(db.machine.membership()),
             change: db.change_text(),
             replicas,
+            copy: self.copy_status(database).0,
             warnings,
         }
     }
@@ -188,6 +189,9 @@ impl Node {
     fn replica_status(&self, database: DatabaseId, replica: &ReplicaDatabase) -> DatabaseStatus {
         let state = self.replica_journal.state(database);
         let membership = replica.log.machine().membership();
+        let (copy, copy_warnings) = self.copy_status(database);
+        let mut warnings = replica_warnings(replica);
+        warnings.extend(copy_warnings);
         DatabaseStatus {
             name: replica.name.clone(),
             database,
@@ -204,7 +208,8 @@ impl Node {
             members: membership.map_or_else(Vec::new, member_nodes),
             change: None,
             replicas: Vec::new(),
-            warnings: replica_warnings(replica),
+            copy,
+            warnings,
         }
     }
 }
