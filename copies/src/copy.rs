@@ -124,11 +124,9 @@ impl WarmCopy {
             at: None,
             batch: None,
         };
-        let known = record.is_some_and(|record| record.at.is_some() || record.next.is_some());
-        let found = match CopyRecord::load(file).map_err(failed("read what stands beside"))? {
-            Some(record) if known => copy.find_stand(record),
-            _ => Ok(None),
-        };
+        let record = record.filter(|record| record.at.is_some() || record.next.is_some());
+        let known = record.is_some();
+        let found = record.map_or(Ok(None), |record| copy.find_stand(record));
         match found {
             Ok(Some(stand)) => {
                 copy.at = Some(stand);
