@@ -236,8 +236,8 @@ impl Bench {
         }
     }
 
-    /// A copy of the frame last committed: one more frame, and nothing else. Where that frame itself
-    /// is not valid, because what should come before it is not there, neither is the copy.
+    /// A copy of the frame last committed: one more frame, and nothing else. Where that frame
+    /// itself is not valid, because what should come before it is not there, neither is the copy.
     fn repeat(&mut self) {
         let before = recovered(&self.file.0.borrow());
         let held = self.tap.held().map(|(at, bytes)| (at, bytes.to_vec()));
