@@ -10,6 +10,7 @@ use durovfs_wire::{DatabaseId, EntryPart, Epoch, Frame, LogPosition, Lsn, NodeNa
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 
 /// Parts that the reading thread may be ahead of the network: one being sent, one ready.
 const PARTS_AHEAD: usize = 2;
@@ -174,10 +175,36 @@ pub struct FetchJob {
     pub last: LogPosition,
 }
 
+/// The fetch of a database's recovery, if one is under way. Once it is stopped it writes nothing
+/// more: a part of an earlier claim's donor would pass for one of the next.
+#[derive(Default)]
+pub struct RunningFetch(Option<AbortHandle>);
+
+impl RunningFetch {
+    /// Stops the fetch.
+    pub fn stop(&mut self) {
+        if let Some(task) = self.0.take() {
+            task.abort();
+        }
+    }
+}
+
+impl Drop for RunningFetch {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
 /// Fetches entries from a donor into our own journal, then reports.
-pub fn spawn_fetch(job: FetchJob, journal: Journal, link: Rc<Connection>, events: EventSender) {
-    tokio::task::spawn_local(async move {
-        let result = fetch_entries(&job, &journal, &link).await;
+pub fn spawn_fetch(
+    job: FetchJob,
+    journal: Journal,
+    link: Rc<Connection>,
+    events: EventSender,
+) -> RunningFetch {
+    let task = tokio::task::spawn_local(async move {
+        let fetched = fetch_entries(&job, &journal, &link).await;
+        let result = fetched.map(|()| job.last);
         let FetchJob {
             database,
             epoch,
@@ -193,6 +220,19 @@ pub fn spawn_fetch(job: FetchJob, journal: Journal, link: Rc<Connection>, events
             })
             .await;
     });
+    RunningFetch(Some(task.abort_handle()))
+}
+
+/// Our own journal must end where the donor does: a part that an earlier fetch had handed over may
+/// have been written behind it.
+pub fn check_fetched(held: Option<LogPosition>, wanted: LogPosition) -> Result<(), String> {
+    if held == Some(wanted) {
+        return Ok(());
+    }
+    let held = held.unwrap_or(LogPosition::ZERO);
+    Err(format!(
+        "our own journal ends at {held}, the donor's at {wanted}"
+    ))
 }
 
 async fn fetch_entries(job: &FetchJob, journal: &Journal, link: &Connection) -> Result<(), String> {
@@ -258,3 +298,37 @@ async fn write_part(journal: &Journal, entry: EntryPart) -> Result<(), String> {
 
 /// How a journal's writer thread reaches the actor.
 pub type JournalEvents = mpsc::UnboundedSender<JournalEvent>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_that_goes_on_behind_the_donors_was_not_recovered_from_it() {
+        // Broken: an entry of a donor that was given up would be taken for the log's end.
+        let at = |lsn| LogPosition::new(Epoch::new(7), Lsn::new(lsn));
+        assert_eq!(check_fetched(Some(at(12)), at(12)), Ok(()));
+        assert!(check_fetched(Some(at(13)), at(12)).is_err());
+        assert!(check_fetched(Some(at(11)), at(12)).is_err());
+        assert!(check_fetched(None, at(12)).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_fetch_that_is_stopped_writes_nothing_more() {
+        // Broken: the fetch of an earlier claim would write into the log of the next.
+        let (sender, mut receiver) = mpsc::channel(1);
+        let task = tokio::spawn(async move {
+            loop {
+                tokio::task::yield_now().await;
+                if sender.send(()).await.is_err() {
+                    break;
+                }
+            }
+        });
+        let fetch = RunningFetch(Some(task.abort_handle()));
+        assert_eq!(receiver.recv().await, Some(()));
+        drop(fetch);
+        while receiver.recv().await.is_some() {}
+        assert!(task.await.is_err_and(|error| error.is_cancelled()));
+    }
+}

@@ -79,7 +79,8 @@ pub enum Event {
         database: DatabaseId,
         epoch: Epoch,
         donor: NodeName,
-        result: Result<(), String>,
+        /// Where the donor's log ends.
+        result: Result<LogPosition, String>,
     },
     /// The archive has told the last transaction of a log that is to be opened, or could not.
     EndFound {

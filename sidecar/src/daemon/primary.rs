@@ -1,5 +1,6 @@
 //! The node as primary: what it knows of each database it serves, and the way of one commit.
 
+use super::bulk::RunningFetch;
 use super::event::{JournalEvent, Permit, SessionId};
 use super::feed::Feed;
 use super::members::{HeldWrite, Members};
@@ -62,6 +63,8 @@ pub struct PrimaryDatabase {
     pub epoch_start: Option<LogPosition>,
     /// The best promise of this claim.
     pub donor_end: DonorEnd,
+    /// The fetch from a donor.
+    pub fetch: RunningFetch,
     /// Our own journal failed: the log is read again from the replicas.
     pub own_trouble: Option<String>,
     /// Why the log's last transaction is not known yet, for those who wait for the log.
@@ -149,6 +152,7 @@ impl PrimaryDatabase {
             own_writes: 0,
             epoch_start: None,
             donor_end: DonorEnd::NONE,
+            fetch: RunningFetch::default(),
             own_trouble: None,
             unknown_end: None,
             claimant: new_claimant(),
@@ -179,6 +183,7 @@ impl PrimaryDatabase {
 
     /// Makes a new attempt to win an epoch.
     pub fn begin_claim(&mut self) {
+        self.fetch.stop();
         self.claimant = new_claimant();
         self.donor_end = DonorEnd::NONE;
         self.unknown_end = None;

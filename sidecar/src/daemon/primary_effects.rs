@@ -106,6 +106,7 @@ impl Node {
 
     fn restart_own_log(&mut self, database: DatabaseId, at: LogPosition) {
         if let Some(db) = self.primaries.get_mut(&database) {
+            db.fetch.stop();
             db.written_lsn = at.lsn;
             db.streamed = None;
             db.machine.handle_retained(at.lsn.next());
@@ -125,6 +126,7 @@ impl Node {
 
     fn cut_own_log(&mut self, database: DatabaseId, after: LogPosition) {
         if let Some(db) = self.primaries.get_mut(&database) {
+            db.fetch.stop();
             db.written_lsn = db.written_lsn.min(after.lsn);
             db.streamed = None;
         }
@@ -144,7 +146,8 @@ impl Node {
             None => db.machine.handle_fetch_failed(&donor),
             Some(link) => {
                 let epoch = db.machine.epoch();
-                bulk::spawn_fetch(
+                db.fetch.stop();
+                db.fetch = bulk::spawn_fetch(
                     FetchJob {
                         database,
                         epoch,
@@ -166,9 +169,11 @@ impl Node {
         database: DatabaseId,
         epoch: Epoch,
         donor: &NodeName,
-        result: Result<(), String>,
+        result: Result<LogPosition, String>,
     ) {
         let state = self.primary_journal.state(database);
+        let held = state.as_ref().map(|state| state.last);
+        let result = result.and_then(|wanted| bulk::check_fetched(held, wanted));
         let Some(db) = self.primaries.get_mut(&database) else {
             return;
         };
