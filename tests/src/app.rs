@@ -57,7 +57,15 @@ impl App {
     /// # Panics
     /// When the program cannot be started.
     pub fn start_on(client_config: &Path, database: &Path) -> (Self, Reply) {
-        let mut app = Self::spawn(client_config);
+        Self::start_by(python(client_config), database)
+    }
+
+    /// The same with a command that runs Python where the application is to run.
+    ///
+    /// # Panics
+    /// When the program cannot be started.
+    pub fn start_by(python: Command, database: &Path) -> (Self, Reply) {
+        let mut app = Self::spawn_by(python);
         let reply = app.ask(&json!({
             "open": database.to_string_lossy(),
             "extension": binaries().extension.to_string_lossy(),
@@ -101,9 +109,12 @@ impl App {
     /// # Panics
     /// When the program cannot be started.
     pub fn spawn(client_config: &Path) -> Self {
-        let mut child = host_command(PYTHON)
+        Self::spawn_by(python(client_config))
+    }
+
+    fn spawn_by(mut python: Command) -> Self {
+        let mut child = python
             .arg(program("session.py"))
-            .env("DUROVFS_CONFIG", client_config)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -223,6 +234,12 @@ impl Drop for App {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn python(client_config: &Path) -> Command {
+    let mut command = host_command(PYTHON);
+    command.env("DUROVFS_CONFIG", client_config);
+    command
 }
 
 /// Runs Debian's SQLite shell with the extension on a database, with these lines as input.

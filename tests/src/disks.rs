@@ -1,6 +1,6 @@
 //! A file system of its own, on an image in a file, whose power can go: what was not synced is lost
-//! then, as on a machine. Needs root, loop devices and ext4; where these cannot be had, it says
-//! what is missing, and the test has to say that it left something out.
+//! then, as on a machine; and that can be full. Needs root, loop devices and ext4; where these
+//! cannot be had, it says what is missing, and the test has to say that it left something out.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,6 +10,9 @@ use std::process::Command;
 const SHUT_DOWN: &str = "import fcntl, os, struct, sys
 disk = os.open(sys.argv[1], os.O_RDONLY)
 fcntl.ioctl(disk, 0x8004587d, struct.pack('I', 2))";
+
+/// Block size of the file system.
+const SMALLEST_PIECE: u64 = 4096;
 
 /// An ext4 file system that can lose its power.
 #[derive(Debug)]
@@ -43,6 +46,33 @@ impl Disk {
     fn mount(&self) -> Result<(), String> {
         let mut mount = Command::new("mount");
         run(mount.args(["-o", "loop"]).arg(&self.image).arg(&self.mount))
+    }
+
+    fn filling(&self) -> PathBuf {
+        self.mount.join("filling")
+    }
+
+    /// Nothing more can be written, but into what the files have.
+    ///
+    /// # Panics
+    /// When the file that takes the rest cannot be made.
+    pub fn fill(&self) {
+        let file = std::fs::File::create(self.filling()).expect("make a file on the disk");
+        let (mut end, mut piece) = (0, 64 << 20);
+        while piece >= SMALLEST_PIECE {
+            match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), end, piece) {
+                Ok(()) => end += piece,
+                Err(_) => piece /= 2,
+            }
+        }
+    }
+
+    /// There is room again.
+    ///
+    /// # Panics
+    /// When the disk is not full.
+    pub fn make_room(&self) {
+        std::fs::remove_file(self.filling()).expect("remove what fills the disk");
     }
 
     /// The power goes: every operation fails from now on.

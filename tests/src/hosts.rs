@@ -1,9 +1,14 @@
 //! A cluster with two application hosts: seven sidecars as `durovfs init` sets them up, two that
 //! applications talk to and five replicas, each a process of its own. Each application host has a
-//! directory of its own for database files, so that the same name means two files.
+//! directory of its own for database files, so that the same name means two files. On demand each
+//! node is a machine of its own: with an address in a network whose links can be cut, a disk that
+//! can lose its power or be full, and a clock that can be set.
 
 use crate::binaries::binaries;
+use crate::clocks::Clock;
 use crate::cluster::{ClusterOptions, text};
+use crate::disks::Disk;
+use crate::namespaces::Network;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -20,12 +25,22 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// What a sidecar logs when it serves.
 const READY: &str = "sidecar is ready";
+/// Port of every node that has an address of its own.
+const PORT: u16 = 4400;
+/// Size of a machine's disk: several of its journals, and soon filled.
+const DISK_MEGABYTES: u32 = 192;
+/// Journals of machines, in bytes: small, so that files of it are begun and dropped all the time.
+const MACHINE_JOURNAL: [(&str, u64); 2] = [("segment_bytes", 4 << 20), ("limit_bytes", 64 << 20)];
 
 /// The running cluster.
 #[derive(Debug)]
 pub struct Hosts {
-    directory: tempfile::TempDir,
     nodes: BTreeMap<String, Child>,
+    network: Option<Network>,
+    // Unmounted before the directory is removed.
+    disks: BTreeMap<String, Disk>,
+    clocks: BTreeMap<String, Clock>,
+    directory: tempfile::TempDir,
 }
 
 impl Hosts {
@@ -34,32 +49,75 @@ impl Hosts {
     /// # Panics
     /// When it does not start.
     pub fn start(options: &ClusterOptions) -> Self {
-        let directory = tempfile::Builder::new().prefix("durovfs-").tempdir();
-        let mut hosts = Self {
-            directory: directory.expect("make a directory"),
-            nodes: BTreeMap::new(),
-        };
-        hosts.init(options);
-        for node in hosts.names() {
-            hosts.spawn(&node);
-        }
-        for node in hosts.names() {
-            hosts.wait_ready(&node);
-        }
+        let mut hosts = Self::new();
+        hosts.start_all(options);
         hosts
+    }
+
+    /// The same with a machine for each node. The archive is not reached through their network.
+    ///
+    /// # Errors
+    /// What cannot be had here.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn start_machines(options: &ClusterOptions) -> Result<Self, String> {
+        let mut hosts = Self::new();
+        let names = hosts.names();
+        hosts.network = Some(Network::make(&names)?);
+        for name in names {
+            let directory = hosts.scratch().join("machines").join(&name);
+            std::fs::create_dir_all(&directory).expect("make a machine's directory");
+            let disk = Disk::make(&directory, DISK_MEGABYTES)?;
+            hosts.disks.insert(name.clone(), disk);
+            hosts.clocks.insert(name, Clock::make(&directory)?);
+        }
+        hosts.start_all(options);
+        Ok(hosts)
+    }
+
+    fn new() -> Self {
+        let directory = tempfile::Builder::new().prefix("durovfs-").tempdir();
+        Self {
+            nodes: BTreeMap::new(),
+            network: None,
+            disks: BTreeMap::new(),
+            clocks: BTreeMap::new(),
+            directory: directory.expect("make a directory"),
+        }
+    }
+
+    fn start_all(&mut self, options: &ClusterOptions) {
+        self.init(options);
+        for node in self.names() {
+            self.spawn(&node);
+        }
+        for node in self.names() {
+            self.wait_ready(&node);
+        }
+    }
+
+    /// Where each node listens: in the network, or at free ports.
+    fn addresses(&self) -> Vec<String> {
+        let names = self.names();
+        if let Some(network) = &self.network {
+            let address = |name: &String| format!("{}:{PORT}", network.address(name));
+            return names.iter().map(address).collect();
+        }
+        // All of them open at once, so that no port is found twice.
+        let open = |_| UdpSocket::bind("127.0.0.1:0").expect("find a free port");
+        let sockets: Vec<UdpSocket> = names.iter().map(open).collect();
+        let address = |socket: &UdpSocket| socket.local_addr().expect("its port").to_string();
+        sockets.iter().map(address).collect()
     }
 
     fn init(&self, options: &ClusterOptions) {
         let names = self.names();
-        let sockets: Vec<UdpSocket> = names
-            .iter()
-            .map(|_| UdpSocket::bind("127.0.0.1:0").expect("find a free port"))
-            .collect();
-        let address = |socket: &UdpSocket| socket.local_addr().expect("its port").to_string();
+        let addresses = self.addresses();
         let mut command = Command::new(&binaries().durovfs);
         command.arg("init").arg("--dir").arg(self.path());
-        for (name, socket) in names.iter().zip(&sockets) {
-            command.args(["--node", &format!("{name}={}", address(socket))]);
+        for (name, address) in names.iter().zip(&addresses) {
+            command.args(["--node", &format!("{name}={address}")]);
             if !HOSTS.contains(&name.as_str()) {
                 command.args(["--replica", name]);
             }
@@ -76,9 +134,9 @@ impl Hosts {
             self.configure(name, options);
         }
         let client = std::fs::read_to_string(self.path().join("client.toml")).expect("client.toml");
-        for (host, socket) in HOSTS.iter().zip(&sockets) {
+        for (host, address) in HOSTS.iter().zip(&addresses) {
             let client = client
-                .replace(&address(&sockets[0]), &address(socket))
+                .replace(&addresses[0], address)
                 .replace(&format!("\"{}\"", HOSTS[0]), &format!("\"{host}\""));
             std::fs::write(self.client_config(host), client).expect("write a client config");
             std::fs::create_dir_all(self.home(host)).expect("make a host's directory");
@@ -88,10 +146,21 @@ impl Hosts {
     fn configure(&self, node: &str, options: &ClusterOptions) {
         let file = self.node_path(node).join("sidecar.toml");
         let config = std::fs::read_to_string(&file).expect("read sidecar.toml");
-        let set = |line: &str| match line.split(" = ").next() {
-            Some("chunk_interval") => format!("chunk_interval = \"{}\"\n", options.chunk_interval),
-            Some("chunk_bytes") => format!("chunk_bytes = \"{}\"\n", options.chunk_bytes),
-            _ => format!("{line}\n"),
+        let mut settings = vec![
+            ("chunk_interval", options.chunk_interval.to_owned()),
+            ("chunk_bytes", options.chunk_bytes.to_owned()),
+        ];
+        if let Some(disk) = self.disks.get(node) {
+            settings.push(("data", disk.path().join("data").display().to_string()));
+            settings.extend(MACHINE_JOURNAL.map(|(key, bytes)| (key, bytes.to_string())));
+        }
+        let set = |line: &str| {
+            let setting = settings
+                .iter()
+                .find(|(key, _)| line.split(" = ").next() == Some(key));
+            setting.map_or(format!("{line}\n"), |(key, value)| {
+                format!("{key} = \"{value}\"\n")
+            })
         };
         let config: String = config.lines().map(set).collect();
         std::fs::write(file, config).expect("write sidecar.toml");
@@ -128,7 +197,63 @@ impl Hosts {
 
     /// Where a host's applications keep their databases.
     pub fn home(&self, host: &str) -> PathBuf {
-        self.directory.path().join(host)
+        let directory = self.disks.get(host).map_or(self.scratch(), Disk::path);
+        directory.join(host)
+    }
+
+    /// The network between the machines.
+    ///
+    /// # Panics
+    /// When the nodes are no machines.
+    pub fn network(&self) -> &Network {
+        self.network.as_ref().expect("the nodes are machines")
+    }
+
+    /// The disk of a machine.
+    ///
+    /// # Panics
+    /// When the node is none.
+    pub fn disk(&self, node: &str) -> &Disk {
+        &self.disks[node]
+    }
+
+    /// The clock of a machine.
+    ///
+    /// # Panics
+    /// When the node is none.
+    pub fn clock(&self, node: &str) -> &Clock {
+        &self.clocks[node]
+    }
+
+    /// The power of a machine goes. Its applications must be killed as well, before it comes back.
+    ///
+    /// # Panics
+    /// When the node is no machine, or does not run.
+    pub fn lose_power(&mut self, node: &str) {
+        self.disks[node].lose_power();
+        self.kill(node);
+    }
+
+    /// The machine starts again, and its sidecar.
+    ///
+    /// # Panics
+    /// When the node is no machine, runs, or does not start.
+    pub fn restore_power(&mut self, node: &str) {
+        self.disks[node].start_again();
+        self.start_node(node);
+    }
+
+    /// A command that runs where a node runs, with the client config of that host.
+    pub fn command(&self, host: &str, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = match &self.network {
+            Some(network) => network.command(host, program),
+            None => Command::new(program),
+        };
+        if let Some(clock) = self.clocks.get(host) {
+            clock.give_to(&mut command);
+        }
+        command.env("DUROVFS_CONFIG", self.client_config(host));
+        command
     }
 
     /// The client config of a host's applications.
@@ -169,7 +294,8 @@ impl Hosts {
     fn spawn(&mut self, node: &str) {
         // Anew, so that its readiness is this start's.
         let log = std::fs::File::create(self.log_file(node)).expect("make a log");
-        let child = Command::new(&binaries().durovfs)
+        let child = self
+            .command(node, &binaries().durovfs)
             .args(["sidecar", "--die-with-stdin", "--config"])
             .arg(self.node_path(node).join("sidecar.toml"))
             // Held open by this process, whose end is the node's.
@@ -246,9 +372,8 @@ impl Hosts {
     /// # Panics
     /// When the program cannot be run.
     pub fn durovfs(&self, host: &str, args: &[&str]) -> Output {
-        Command::new(&binaries().durovfs)
+        self.command(host, &binaries().durovfs)
             .args(args)
-            .env("DUROVFS_CONFIG", self.client_config(host))
             .stdin(Stdio::null())
             .output()
             .expect("run durovfs")

@@ -5,14 +5,17 @@
 
 pub mod app;
 pub mod binaries;
+pub mod clocks;
 pub mod cluster;
 pub mod damage;
 pub mod disks;
 pub mod hosts;
 pub mod image;
+pub mod namespaces;
 pub mod outcomes;
 pub mod replay;
 pub mod script;
 pub mod seed;
 pub mod simulation;
 pub mod source;
+pub mod weather;

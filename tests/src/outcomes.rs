@@ -191,12 +191,21 @@ impl Writer {
     /// # Panics
     /// When it cannot be started.
     pub fn start_on(client_config: &Path, database: &Path, numbers: [u64; 5]) -> Self {
-        let mut child = Command::new(PYTHON)
+        let mut python = Command::new(PYTHON);
+        python.env("DUROVFS_CONFIG", client_config);
+        Self::start_by(python, database, numbers)
+    }
+
+    /// The same with a command that runs Python where the writer is to run.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn start_by(mut python: Command, database: &Path, numbers: [u64; 5]) -> Self {
+        let mut child = python
             .arg(program("writer.py"))
             .arg(&binaries().extension)
             .arg(database)
             .args(numbers.map(|number| number.to_string()))
-            .env("DUROVFS_CONFIG", client_config)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
