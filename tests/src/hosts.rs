@@ -333,6 +333,20 @@ impl Hosts {
         child.wait().expect("wait for a node");
     }
 
+    /// Nodes that ended by themselves.
+    ///
+    /// # Panics
+    /// When the system does not say.
+    pub fn ended(&mut self) -> Vec<String> {
+        let mut ended = Vec::new();
+        for (node, child) in &mut self.nodes {
+            if let Some(status) = child.try_wait().expect("look at a node") {
+                ended.push(format!("{node} ({status})"));
+            }
+        }
+        ended
+    }
+
     /// Sends a signal to a node.
     ///
     /// # Panics

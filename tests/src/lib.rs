@@ -12,6 +12,7 @@ pub mod disks;
 pub mod hosts;
 pub mod image;
 pub mod namespaces;
+pub mod nemesis;
 pub mod outcomes;
 pub mod replay;
 pub mod script;
