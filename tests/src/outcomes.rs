@@ -4,7 +4,6 @@
 use crate::app::plain_query;
 use crate::binaries::{PYTHON, binaries, program};
 use crate::cluster::Cluster;
-use rustix::process::{Pid, Signal, kill_process};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -227,15 +226,6 @@ impl Writer {
             outcomes,
             reader: Some(reader),
         }
-    }
-
-    /// Sends it a signal.
-    ///
-    /// # Panics
-    /// When it does not run.
-    pub fn signal(&self, signal: Signal) {
-        let pid = Pid::from_raw(self.child.id().cast_signed()).expect("a pid");
-        kill_process(pid, signal).expect("signal a writer");
     }
 
     /// What it was told so far.

@@ -4,18 +4,21 @@
 use durovfs_tests::app::{App, NOT_COMMITTED, UNKNOWN};
 use durovfs_tests::binaries::PYTHON;
 use durovfs_tests::cluster::ClusterOptions;
+use durovfs_tests::contenders::{Contenders, clients_of};
 use durovfs_tests::hosts::{HOSTS, Hosts};
 use durovfs_tests::image::{assert_same, image_of};
+use durovfs_tests::ledger::{
+    History, State, Told, check_cycles, check_order, check_outcomes, check_times,
+};
 use durovfs_tests::nemesis::{Applications, Nemesis, plan};
-use durovfs_tests::outcomes::{Outcomes, SCHEMA, Told, Writer};
 use durovfs_tests::seed::Seeded;
 use durovfs_tests::weather::Weather;
-use rustix::process::Signal;
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(120);
 const NAME: &str = "bank";
+/// Commits of each client when all is well again.
+const COMMITS_AT_LAST: usize = 10;
 const A: &str = HOSTS[0];
 const MAJORITY: [&str; 3] = ["replica-1", "replica-2", "replica-3"];
 
@@ -152,55 +155,6 @@ fn assert_clock_and_disk(hosts: &Hosts, app: &mut App) {
     wait_until_well(app, "the clock was set back");
 }
 
-/// How long a COMMIT of the writers waits, in milliseconds.
-const TIMEOUT_MS: u64 = 2_000;
-/// Pause between two of them, in milliseconds.
-const PAUSE_MS: u64 = 2;
-const ENDLESS: u64 = 1 << 40;
-
-/// A writer on each host, and all that it was told in its lives.
-struct Writers {
-    running: BTreeMap<String, Writer>,
-    told: BTreeMap<String, Outcomes>,
-}
-
-/// The number of a host's writer.
-fn writer_of(host: &str) -> u64 {
-    if host == A { 1 } else { 2 }
-}
-
-impl Applications for Writers {
-    fn database(&self) -> &str {
-        NAME
-    }
-
-    fn start(&mut self, hosts: &Hosts, host: &str) {
-        if self.running.contains_key(host) {
-            return;
-        }
-        let first = self.told.get(host).map_or(1, Outcomes::next_row);
-        let numbers = [writer_of(host), first, ENDLESS, TIMEOUT_MS, PAUSE_MS];
-        let python = hosts.command(host, PYTHON);
-        let writer = Writer::start_by(python, &hosts.uri(host, NAME), numbers);
-        self.running.insert(host.to_owned(), writer);
-    }
-
-    fn kill(&mut self, host: &str) {
-        if let Some(writer) = self.running.remove(host) {
-            self.told
-                .entry(host.to_owned())
-                .or_default()
-                .extend(writer.kill());
-        }
-    }
-
-    fn signal(&self, host: &str, signal: Signal) {
-        if let Some(writer) = self.running.get(host) {
-            writer.signal(signal);
-        }
-    }
-}
-
 /// `DUROVFS_SECONDS`, or what a test run has time for.
 fn length() -> Duration {
     let text = std::env::var("DUROVFS_SECONDS");
@@ -213,45 +167,29 @@ fn two_hosts_compete_for_a_database_while_all_goes_wrong() {
     // a schedule that nobody thought of.
     let mut seeded = Seeded::from_environment("seven hosts");
     let Some(mut hosts) = machines() else { return };
-    create_tables(&hosts);
-    let mut writers = Writers {
-        running: BTreeMap::new(),
-        told: BTreeMap::new(),
-    };
+    let mut contenders = Contenders::new(&hosts, NAME);
     for host in HOSTS {
-        writers.start(&hosts, host);
+        contenders.start(&hosts, host);
     }
     let planned = plan(&mut seeded, &hosts.names(), length());
-    Nemesis::run(&mut hosts, &mut writers, &planned);
+    Nemesis::run(&mut hosts, &mut contenders, &planned);
     assert_eq!(hosts.ended(), [""; 0], "sidecars ended by themselves");
     println!("all is well again");
     for host in HOSTS {
         take_over(&hosts, host);
-        let before = writers.running[host].so_far().committed();
-        writers
-            .running
-            .get_mut(host)
-            .unwrap()
-            .wait_committed(before + 10, LIMIT);
-        writers.kill(host);
+        contenders.wait_committed(host, COMMITS_AT_LAST, LIMIT);
     }
-    for (host, told) in &writers.told {
-        let unknown = told.count(|told| *told == Told::Unknown);
-        let silent = told.count(|told| *told == Told::Nothing);
-        let committed = told.committed();
-        println!("{host}: {committed} commits, {unknown} unknown, {silent} not told");
+    for host in HOSTS {
+        contenders.kill(host);
     }
-    check(&hosts, &writers.told);
-}
-
-fn create_tables(hosts: &Hosts) {
-    let mut app = open(hosts, A);
-    app.run("PRAGMA journal_mode=WAL");
-    for statement in SCHEMA.split_terminator(';') {
-        app.run(statement);
+    let history = contenders.history();
+    for client in HOSTS.into_iter().flat_map(clients_of) {
+        let unknown = history.count(client, |told| *told == Told::Unknown);
+        let refused = history.count(client, |told| matches!(told, Told::Refused(_)));
+        let committed = history.committed(client);
+        println!("client {client}: {committed} committed, {refused} refused, {unknown} unknown");
     }
-    app.run("INSERT INTO tally VALUES (1, 0), (2, 0)");
-    app.close();
+    check(&hosts, &history);
 }
 
 fn take_over(hosts: &Hosts, host: &str) {
@@ -271,13 +209,13 @@ fn take_over(hosts: &Hosts, host: &str) {
     }
 }
 
-/// Both hosts' files and the archive are the same, and what the writers were told is true of them.
-fn check(hosts: &Hosts, told: &BTreeMap<String, Outcomes>) {
+/// Both hosts' files and the archive are the same, and what the clients were told is true of them.
+fn check(hosts: &Hosts, history: &History) {
     let mut images = Vec::new();
     for host in HOSTS {
         take_over(hosts, host);
         let mut app = open(hosts, host);
-        app.run("SELECT count(*) FROM rows");
+        app.run("SELECT count(*) FROM entries");
         app.close();
         images.push(image_of(&hosts.file(host, NAME), hosts.scratch()));
     }
@@ -288,7 +226,9 @@ fn check(hosts: &Hosts, told: &BTreeMap<String, Outcomes>) {
     images.push(std::fs::read(&restored).unwrap());
     assert_same("both hosts' files", &images[0], &images[1]);
     assert_same("archive", &images[1], &images[2]);
-    for (host, told) in told {
-        told.check("restored", &restored, writer_of(host));
-    }
+    let end = State::of(&restored);
+    check_outcomes(history, &end).unwrap();
+    check_order(history, &end).unwrap();
+    check_times(history, &end).unwrap();
+    check_cycles(history, &end).unwrap();
 }
