@@ -4,7 +4,7 @@
 //! the tools; where these cannot be had, it says what is missing, and the test has to say that it
 //! left something out.
 
-use crate::weather::{Weather, WeatherMaker};
+use crate::weather::{Seen, Weather, WeatherMaker};
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -208,9 +208,22 @@ impl Network {
         }
     }
 
-    /// Packets of a machine that were lost, held back, or got before an earlier one, so far.
-    pub fn weather_seen(&self, machine: &str) -> crate::weather::Seen {
+    /// What became of the packets that a machine got while its weather was bad, so far.
+    pub fn weather_seen(&self, machine: &str) -> Seen {
         self.weather[machine].seen()
+    }
+
+    /// How many packets of a machine were doubled, so far.
+    ///
+    /// # Panics
+    /// When the system does not say.
+    pub fn doubled(&self, machine: &str) -> u64 {
+        let mut list = self.command(machine, "iptables");
+        let list = list.args(["-n", "-v", "-x", "-L", "OUTPUT"]).output();
+        let list = String::from_utf8_lossy(&list.expect("run iptables").stdout).into_owned();
+        let rules = list.lines().filter(|line| line.contains("TEE"));
+        let count = |rule: &str| rule.split_whitespace().next()?.parse::<u64>().ok();
+        rules.map(|rule| count(rule).expect("a count")).sum()
     }
 
     /// All links are good again.

@@ -6,6 +6,7 @@ use durovfs_tests::app::App;
 use durovfs_tests::cluster::{Cluster, ClusterOptions};
 use durovfs_tests::disks::Disk;
 use durovfs_tests::image::{assert_same, image_of};
+use durovfs_tests::leave_out;
 use std::path::{Path, PathBuf};
 use std::sync::Barrier;
 use std::time::Duration;
@@ -149,7 +150,7 @@ fn what_was_acked_outlives_the_applications_disk_losing_its_power() {
     let scratch = tempfile::tempdir().unwrap();
     let disk = match Disk::make(scratch.path(), DISK_MEGABYTES) {
         Ok(disk) => disk,
-        Err(missing) => return eprintln!("left out: no disk that can lose its power: {missing}"),
+        Err(missing) => return leave_out("power cuts under the application's disk", &missing),
     };
     let mut cluster = Cluster::start(ClusterOptions {
         replicas: 3,

@@ -7,6 +7,7 @@ use durovfs_tests::cluster::ClusterOptions;
 use durovfs_tests::contenders::{Contenders, clients_of};
 use durovfs_tests::hosts::{HOSTS, Hosts};
 use durovfs_tests::image::{assert_same, image_of};
+use durovfs_tests::leave_out;
 use durovfs_tests::ledger::{
     History, State, Told, check_cycles, check_order, check_outcomes, check_times,
 };
@@ -27,7 +28,7 @@ fn machines() -> Option<Hosts> {
     match Hosts::start_machines(&ClusterOptions::default()) {
         Ok(hosts) => Some(hosts),
         Err(missing) => {
-            eprintln!("left out: seven machines in network namespaces: {missing}");
+            leave_out("seven machines in network namespaces", &missing);
             None
         }
     }
@@ -115,11 +116,15 @@ fn assert_weather(hosts: &Hosts, app: &mut App) {
     let deadline = Instant::now() + LIMIT;
     loop {
         let seen = hosts.network().weather_seen(A);
-        if seen.lost > 0 && seen.reordered > 0 {
-            println!("weather: {seen:?}");
+        let doubled = hosts.network().doubled(A);
+        if seen.lost > 0 && seen.reordered > 0 && doubled > 0 {
+            println!("weather: {seen:?}, {doubled} doubled");
             break;
         }
-        assert!(Instant::now() < deadline, "no bad weather: {seen:?}");
+        assert!(
+            Instant::now() < deadline,
+            "no bad weather: {seen:?}, {doubled} doubled"
+        );
         let _ = commit(app);
     }
     wait_until_well(app, "bad weather began");
