@@ -137,6 +137,8 @@ pub struct Connection {
     /// The reason not to commit was found in a transaction that is over; the lock was kept.
     pub(crate) must_check_again: bool,
     pub(crate) acknowledged: Option<Acknowledged>,
+    /// Where the log stood when the reserved lock was taken; none when it was not.
+    pub(crate) reserved_at: Option<Lsn>,
     /// Why the open rollback-mode transaction cannot be committed, found when it began.
     pub(crate) rollback_refusal: Option<Refusal>,
     /// A commit of rollback mode was refused: SQLite plays its journal back next.
@@ -190,6 +192,7 @@ impl Connection {
             began_stamped: false,
             must_check_again: false,
             acknowledged: None,
+            reserved_at: None,
             rollback_refusal: None,
             expects_playback: false,
             must_roll_forward: false,

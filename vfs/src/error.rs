@@ -9,6 +9,9 @@ use libsqlite3_sys as sqlite;
 pub enum RefusalKind {
     /// The transaction is in no log, now and later; the connection stays usable.
     NotCommitted,
+    /// Somebody else is in the way; the transaction is in no log, and can be tried again. Of the
+    /// database file's gate only: see `code`.
+    Busy,
     /// It was sent and nobody knows; or it is committed and the local file could not take it.
     Unknown,
     /// This host is no longer the primary: reopen.
@@ -43,6 +46,11 @@ impl Refusal {
         Self::new(RefusalKind::NotCommitted, message)
     }
 
+    /// Certainly not committed, and worth another try.
+    pub fn busy(message: impl Into<String>) -> Self {
+        Self::new(RefusalKind::Busy, message)
+    }
+
     /// Cannot be opened safely.
     pub fn cannot_open(message: impl Into<String>) -> Self {
         Self::new(RefusalKind::CannotOpen, message)
@@ -54,11 +62,12 @@ impl Refusal {
         Self::new(RefusalKind::File(sqlite::SQLITE_IOERR), message)
     }
 
-    /// The code that SQLite sees. Never `SQLITE_BUSY`: returned from a WAL write it makes SQLite
+    /// The code that SQLite sees. Never `SQLITE_BUSY` for a write to the WAL: it makes SQLite
     /// continue a broken checksum chain, and every later commit is lost.
     pub fn code(&self) -> c_int {
         match self.kind {
             RefusalKind::NotCommitted => sqlite::SQLITE_IOERR_WRITE,
+            RefusalKind::Busy => sqlite::SQLITE_BUSY,
             RefusalKind::Unknown => sqlite::SQLITE_IOERR_FSYNC,
             RefusalKind::NotPrimary => sqlite::SQLITE_READONLY,
             RefusalKind::CannotOpen => sqlite::SQLITE_CANTOPEN,

@@ -75,6 +75,7 @@ where
                 name,
                 file: &file,
                 log,
+                held: existing.as_ref().map(|(_, state)| *state),
             };
             // Nobody else is in here now; what was read before the lock may be old.
             let result = opener.run();
@@ -166,6 +167,8 @@ struct Opener<'a> {
     name: &'a str,
     file: &'a dyn DatabaseFile,
     log: OpenedLog,
+    /// What the mark said before the log was asked where it ends.
+    held: Option<MarkState>,
 }
 
 impl Opener<'_> {
@@ -193,6 +196,11 @@ impl Opener<'_> {
             && let Some(unconfirmed) = state.unconfirmed
         {
             self.settle_deferred(mark, state, &unconfirmed)?;
+            return Ok(Next::Again);
+        }
+        if let Some((_, state)) = &existing
+            && self.is_outrun(state)
+        {
             return Ok(Next::Again);
         }
         let wal_file = self.open_wal()?;
@@ -233,6 +241,13 @@ impl Opener<'_> {
             ))),
             (Some(content), existing, Some(_)) => self.compare(&content, existing, wal),
         }
+    }
+
+    /// Whether others committed, and closed the database, between the log's answer and our lock:
+    /// a file that is ahead of an old answer is not ahead of the log.
+    fn is_outrun(&self, state: &MarkState) -> bool {
+        let held = self.held.map_or(Lsn::ZERO, |held| held.last_lsn());
+        state.last_lsn() > held.max(self.base_lsn())
     }
 
     /// True when the log must be asked again where it ends.
@@ -664,12 +679,12 @@ impl Opener<'_> {
         );
         (self.surroundings.log)(LogLevel::Info, &line);
         let state = self.begins_next();
-        let mut mark = match existing {
+        let (mut mark, before) = match existing {
             Some((_, state)) if state.in_flight.is_some() => {
                 return Err(self.refuse("an earlier adoption is not decided yet: try again"));
             }
-            Some((mark, _)) => mark,
-            None => Mark::create(self.path, self.name, &state)?,
+            Some(existing) => existing,
+            None => (Mark::create(self.path, self.name, &state)?, state),
         };
         let sink = &self.surroundings.sink;
         let origin = sink.next_origin();
@@ -691,12 +706,13 @@ impl Opener<'_> {
         // The image may take longer than a commit does; the sidecar's answer ends it.
         let position = match sink.commit(state.database, commit, payload, None) {
             CommitOutcome::Committed { position } => position,
+            // Who has the database open goes on with what the mark said before.
             CommitOutcome::NotCommitted { reason } | CommitOutcome::NotPrimary { reason } => {
-                mark.write(&state)?;
+                mark.write(&before)?;
                 return Err(self.refuse(&reason));
             }
             CommitOutcome::Behind { .. } => {
-                mark.write(&state)?;
+                mark.write(&before)?;
                 return Ok(Next::Again);
             }
             CommitOutcome::Unknown { reason } => return Err(self.refuse(&reason)),

@@ -7,12 +7,21 @@
 //! then no page differs from the page table, and there is nothing to commit.
 
 use crate::connection::{Acknowledged, Connection};
-use crate::error::Refusal;
-use crate::mark::{KnownTransaction, MarkState};
+use crate::error::{Refusal, RefusalKind};
+use crate::file::BaseFile;
+use crate::mark::{KnownTransaction, MarkState, with_suffix};
 use crate::page_table::PageChanges;
 use crate::survey::{Content, DatabaseHeader, committed_after, is_lock_page};
 use durovfs_wire::entry::PayloadBuilder;
+use durovfs_wire::wal::{WAL_HEADER_BYTES, WalHeader};
 use durovfs_wire::{CommitHeader, DatabaseChecksum, PageChecksum, PageNo, Timestamp};
+use std::fs::File;
+
+/// Another connection's WAL holds commits that this transaction, which knows of no WAL, has not
+/// seen: it changes the journal mode while that one writes.
+fn in_wal_mode() -> Refusal {
+    Refusal::busy("the database is in WAL mode, and another connection writes to it: try again")
+}
 
 impl Connection {
     /// A write transaction in rollback mode may begin (the reserved lock was taken).
@@ -31,14 +40,31 @@ impl Connection {
         let mut state = self.mark.read()?;
         self.settle(&mut state)
             .inspect_err(|_| self.must_roll_forward = false)?;
+        self.reserved_at = Some(state.last_lsn());
         match state.last {
             Some(last) if state.wal.is_none() => self.check_database_file(&last)?,
+            Some(_) if self.wal_is_in_use(&state)? => return Err(in_wal_mode()),
             // In this mode there is no WAL, and the mark knows of one: somebody took it away.
             Some(last) => self.scan(&last, None)?,
             None => {}
         }
         self.began_stamped = true;
         Ok(())
+    }
+
+    /// Whether the WAL that the mark knows of is there. SQLite leaves WAL mode in two steps, and
+    /// holds no lock in between that keeps others from beginning a WAL anew.
+    fn wal_is_in_use(&self, state: &MarkState) -> Result<bool, Refusal> {
+        let path = with_suffix(&self.path, "-wal");
+        let wal = match File::open(&path) {
+            Ok(wal) => wal,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(Refusal::io("open WAL", &path, &error)),
+        };
+        let mut head = [0u8; WAL_HEADER_BYTES];
+        let read = BaseFile::read_at(&wal, &mut head, 0)?;
+        let header = WalHeader::parse(&head).filter(|_| read == head.len());
+        Ok(header.map(|header| header.salts) == state.wal.map(|wal| wal.salts))
     }
 
     /// A write to the database file. None is refused but a checkpoint's: SQLite must be able to
@@ -83,7 +109,11 @@ impl Connection {
         let result = self.try_commit_database(plays_back);
         match &result {
             Ok(()) => self.unaccounted = false,
-            Err(_) => {
+            Err(refusal) => {
+                if refusal.kind == RefusalKind::Busy {
+                    // What the journal brings back may stand in the WAL otherwise.
+                    self.rollback_refusal = Some(refusal.clone());
+                }
                 self.expects_playback = true;
                 self.abort_origin();
             }
@@ -114,6 +144,9 @@ impl Connection {
         self.check_not_poisoned()?;
         if let Some(refusal) = self.rollback_refusal.clone() {
             return Err(refusal);
+        }
+        if self.reserved_at.is_some_and(|lsn| lsn != base.last_lsn()) {
+            return Err(in_wal_mode());
         }
         self.settle(&mut base)
             .inspect_err(|_| self.must_roll_forward = false)?;
@@ -261,6 +294,8 @@ impl Connection {
         self.table
             .apply(done.old_count, done.state.page_count(), &done.changes)?;
         self.mark.write(&done.state)?;
+        // In exclusive mode the lock is kept for the next one.
+        self.reserved_at = self.reserved_at.map(|_| done.state.last_lsn());
         self.mark.stamp()
     }
 
@@ -273,6 +308,7 @@ impl Connection {
     pub fn before_unlock(&mut self) {
         self.holds_exclusive_lock = false;
         self.dirty.clear();
+        self.reserved_at = None;
         self.rollback_refusal = None;
         self.expects_playback = false;
         self.must_check_again = false;

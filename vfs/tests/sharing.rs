@@ -51,6 +51,70 @@ fn threads_write_at_once_through_connections_of_their_own() {
     }
 }
 
+/// Broken, who opens a database while others open it, write and close it takes their commits for
+/// somebody's without durovfs: the log was asked for its end before they made them.
+#[test]
+fn a_commit_between_the_answer_and_the_lock_is_no_foreign_one() {
+    for place in ["plain", "keep-local"] {
+        let dir = tempfile::Builder::new().prefix(place).tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let name = path.to_str().unwrap();
+        for wal in [true, false] {
+            let db = if wal { open_wal(&path) } else { open(&path) };
+            exec(&db, "CREATE TABLE IF NOT EXISTS t(a)");
+            drop(db);
+            let lsn = sink().last_lsn(name);
+            let other = path.clone();
+            sink().after_open(move || exec(&open(&other), "INSERT INTO t VALUES (1)"));
+            let db = open(&path);
+            // Taken for foreign, it would be refused; or be the log's next transaction once more.
+            assert_eq!(sink().last_lsn(name), lsn + 1);
+            exec(&db, "INSERT INTO t VALUES (2)");
+            drop(db);
+            assert_eq!(sink().last_lsn(name), lsn + 2);
+            assert_level(&path);
+        }
+    }
+}
+
+/// Broken, connections that change the journal mode to and fro and close the database take each
+/// other's commits for somebody's without durovfs. SQLite's `walthread.test` does the same for
+/// longer.
+#[test]
+fn the_journal_mode_changes_while_others_write() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.db");
+    exec(
+        &open(&path),
+        "CREATE TABLE t(a INTEGER PRIMARY KEY, b UNIQUE)",
+    );
+    let (threads, rounds) = (4, 30);
+    let work = |mode: &str| {
+        for _ in 0..rounds {
+            let db = open(&path);
+            db.busy_timeout(Duration::from_secs(60)).unwrap();
+            assert!(number(&db, "SELECT count(*) FROM sqlite_schema") > 0);
+            if let Err(error) = try_exec(&db, &format!("PRAGMA journal_mode={mode}")) {
+                assert_eq!(code(&error) & 0xff, sqlite::SQLITE_BUSY, "{error}");
+            }
+            exec(
+                &db,
+                "BEGIN; INSERT INTO t(b) VALUES (randomblob(100)); COMMIT",
+            );
+        }
+    };
+    std::thread::scope(|scope| {
+        for thread in 0..threads {
+            scope.spawn(move || work(["WAL", "DELETE"][thread % 2]));
+        }
+    });
+    let db = open(&path);
+    let rows = i64::try_from(threads * rounds).unwrap();
+    assert_eq!(number(&db, "SELECT count(*) FROM t"), rows);
+    drop(db);
+    assert_level(&path);
+}
+
 /// Broken, a commit that waits for the quorum makes readers wait with it, shows them what is not
 /// committed, or gives a checkpoint what the log may never have.
 #[test]

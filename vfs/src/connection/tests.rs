@@ -1,7 +1,7 @@
 //! A connection over files that fail on demand: what SQLite hears after an acknowledged commit.
 
 use super::*;
-use crate::mark::{KnownTransaction, MarkState};
+use crate::mark::{KnownTransaction, MarkState, WalPosition};
 use crate::sink::{OpenedLog, SinkError};
 use bytes::Bytes;
 use durovfs_wire::entry::EntryPart;
@@ -364,7 +364,7 @@ fn a_broken_chain_is_refused_and_nothing_is_sent() {
 /// Broken, SQLITE_BUSY leaves a WAL write: SQLite keeps the transaction open, and every commit
 /// after it is lost in a crash.
 #[test]
-fn busy_never_leaves_the_shim() {
+fn busy_of_a_file_below_never_leaves_the_shim() {
     for code in [
         sqlite::SQLITE_BUSY,
         sqlite::SQLITE_BUSY | 1 << 8,
@@ -397,4 +397,49 @@ fn the_mark_knows_of_a_deferred_commit_before_its_frame_is_written() {
     world.fails.store(true, Ordering::Relaxed);
     assert!(world.commit(false).is_err());
     assert!(!world.connection.status().unconfirmed);
+}
+
+/// Broken, the change of the journal mode that SQLite makes with a lock let go in between writes a
+/// page over what another connection committed to a new WAL meanwhile: the log would have the old
+/// page, the file the new one, and the mark would know nothing of the WAL.
+#[test]
+fn leaving_wal_mode_waits_for_who_began_a_wal_meanwhile() {
+    let mut world = world();
+    world.connection.detach_wal();
+    let mut database = [0u8; 512];
+    database[..18].copy_from_slice(b"SQLite format 3\0\x02\0");
+    database[31] = 1;
+    let leave = |connection: &mut Connection| {
+        connection.write_database(0, &database)?;
+        connection.commit_database()
+    };
+    world.connection.reserved();
+    let mut other = world.connection.mark.read().unwrap();
+    let wal = WalPosition {
+        salts: world.header.salts,
+        checkpoint_sequence: 0,
+        frame: 1,
+        checksum: WalChecksum::default(),
+    };
+    other.last = other.last.map(|last| KnownTransaction {
+        position: LogPosition::new(Epoch::new(1), Lsn::new(2)),
+        ..last
+    });
+    other.wal = Some(wal);
+    world.connection.mark.write(&other).unwrap();
+    let refusal = leave(&mut world.connection).unwrap_err();
+    assert_eq!(refusal.code(), sqlite::SQLITE_BUSY, "{refusal}");
+    // SQLite plays its journal back, and the connection goes on.
+    world.connection.write_database(0, &[0; 512]).unwrap();
+    world.connection.commit_database().unwrap();
+    world.connection.before_unlock();
+    assert_eq!(world.connection.status().warnings, Vec::<String>::new());
+    assert_eq!(world.connection.mark.read().unwrap(), other);
+    // The same when the commit was made before the lock was taken.
+    let path = with_suffix(&world.connection.path, "-wal");
+    std::fs::write(&path, world.header.encode()).unwrap();
+    world.connection.reserved();
+    let refusal = leave(&mut world.connection).unwrap_err();
+    assert_eq!(refusal.code(), sqlite::SQLITE_BUSY, "{refusal}");
+    assert_eq!(world.sent(), 0);
 }

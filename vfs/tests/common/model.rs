@@ -76,6 +76,7 @@ pub struct ModelSink {
     pub aborts: AtomicU64,
     /// Whether a commit waits for the test.
     waiting: AtomicBool,
+    after_open: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 pub fn id_of(name: &str) -> DatabaseId {
@@ -98,6 +99,11 @@ impl ModelSink {
     pub fn fault(&self, name: &str, faults: &[Fault]) {
         let mut state = self.state.lock().unwrap();
         state.faults.entry(id_of(name)).or_default().extend(faults);
+    }
+
+    /// What happens between the next answer to an open, and its being heard.
+    pub fn after_open(&self, action: impl FnOnce() + Send + 'static) {
+        *self.after_open.lock().unwrap() = Some(Box::new(action));
     }
 
     /// Returns when a commit waits.
@@ -521,14 +527,19 @@ impl Sink for ModelSink {
                 message,
             });
         }
-        Ok(self.with_log(name, |log| OpenedLog {
+        let opened = self.with_log(name, |log| OpenedLog {
             database: id_of(name),
             epoch: EPOCH,
             end: log
                 .summary()
                 .map_or(LogPosition::ZERO, |last| last.position),
             last_transaction: log.summary(),
-        }))
+        });
+        let action = self.after_open.lock().unwrap().take();
+        if let Some(action) = action {
+            action();
+        }
+        Ok(opened)
     }
 
     fn next_origin(&self) -> Origin {
