@@ -5,7 +5,7 @@ usage: contender.py EXTENSION DATABASE CLIENT FIRST TIMEOUT_MS PAUSE_MS
 Each transaction of a client has a number N and, when it writes, takes the next version of the
 database. One JSON object per line: {"try": N, "begin": T, "version": V, "balances": {...}, "lists":
 {...}} with what it read, and "transfer": [FROM, TO, AMOUNT] or "append": [LIST, ITEM], before COMMIT;
-then {"told": N, "end": T, "outcome": "ok" | "no" | "unknown", "code": CODE}. Times are microseconds
+then {"told": N, "end": T, "outcome": "ok" | "no" | "unknown", "code": CODE, "error": TEXT}. Times are microseconds
 of the system's steady clock, which all programs share. A "try" without "version" has read nothing.
 """
 
@@ -128,14 +128,15 @@ def main():
     database = open_until_it_works(path, timeout_ms)
     n = first
     while True:
-        code, outcome = 0, "ok"
+        code, outcome, text = 0, "ok", ""
         try:
             transact(database, client, n)
             database.execute("COMMIT")
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", 0)
             outcome = "unknown" if code == IOERR_FSYNC else "no"
-        say(told=n, end=now(), outcome=outcome, code=code)
+            text = str(error)
+        say(told=n, end=now(), outcome=outcome, code=code, error=text)
         if code & 0xFF in (READONLY, CANTOPEN):
             database.close()
             database = open_until_it_works(path, timeout_ms)

@@ -153,6 +153,17 @@ impl History {
         writes.filter(|(_, attempt)| wanted(&attempt.told)).count()
     }
 
+    /// SQLite's result codes of all that was refused, and how many each.
+    pub fn refusals(&self) -> BTreeMap<i64, usize> {
+        let mut refusals = BTreeMap::new();
+        for attempt in self.attempts.values() {
+            if let Told::Refused(code) = attempt.told {
+                *refusals.entry(code).or_default() += 1;
+            }
+        }
+        refusals
+    }
+
     /// How many were told that they are committed.
     pub fn committed(&self, client: u64) -> usize {
         self.count(client, |told| *told == Told::Committed)

@@ -57,6 +57,22 @@ pub enum Trouble {
     TakeOver(String),
 }
 
+impl Trouble {
+    /// The machines that it stops, of which it stops something, or which it makes fail.
+    fn stops(&self) -> &[String] {
+        match self {
+            Self::Kill(machines)
+            | Self::Freeze(machines)
+            | Self::LosePower(machines)
+            | Self::FillDisks(machines) => machines,
+            Self::KillApplications(host) | Self::FreezeApplications(host) => {
+                std::slice::from_ref(host)
+            }
+            Self::Cut(_) | Self::Weather(..) | Self::Clocks(..) | Self::TakeOver(_) => &[],
+        }
+    }
+}
+
 /// A trouble and when it happens, from the beginning.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Planned {
@@ -70,12 +86,18 @@ pub struct Planned {
 
 type Draw = fn(&mut Seeded, &[String]) -> Trouble;
 
-/// All that happens within a time, drawn from a seed. Troubles of different kinds overlap, those of
-/// one kind do not; all end within it.
+/// All that happens within a time, drawn from a seed. Troubles of different lanes overlap, those of
+/// one lane do not, and no machine is stopped twice at a time; all end within it.
 pub fn plan(seeded: &mut Seeded, machines: &[String], length: Duration) -> Vec<Planned> {
-    let kinds: [Draw; 4] = [draw_cut, draw_machines, draw_weather, draw_takeover];
-    let mut planned = Vec::new();
-    for draw in kinds {
+    let lanes: [Draw; 5] = [
+        draw_cut,
+        draw_weather,
+        draw_takeover,
+        draw_machines,
+        draw_machines,
+    ];
+    let mut planned: Vec<Planned> = Vec::new();
+    for draw in lanes {
         let mut end = Duration::ZERO;
         loop {
             let begin = end + seeded.between(PAUSE.0, PAUSE.1);
@@ -83,7 +105,14 @@ pub fn plan(seeded: &mut Seeded, machines: &[String], length: Duration) -> Vec<P
             if end > length {
                 break;
             }
-            let trouble = draw(seeded, machines);
+            let meanwhile = planned.iter().filter(|other| other.begin <= end);
+            let stopped: BTreeSet<&String> = meanwhile
+                .filter(|other| begin <= other.end)
+                .flat_map(|other| other.trouble.stops())
+                .collect();
+            let free = machines.iter().filter(|machine| !stopped.contains(machine));
+            let free: Vec<String> = free.cloned().collect();
+            let trouble = draw(seeded, &free);
             planned.push(Planned {
                 begin,
                 end,
@@ -96,7 +125,8 @@ pub fn plan(seeded: &mut Seeded, machines: &[String], length: Duration) -> Vec<P
 }
 
 fn some(seeded: &mut Seeded, machines: &[String]) -> Vec<String> {
-    let count = 1 + seeded.below(MOST_MACHINES);
+    // With none it befalls nobody.
+    let count = (1 + seeded.below(MOST_MACHINES)).min(machines.len() as u64);
     let mut chosen = BTreeSet::new();
     while (chosen.len() as u64) < count {
         chosen.insert(one(seeded, machines));
@@ -140,13 +170,16 @@ fn draw_cut(seeded: &mut Seeded, machines: &[String]) -> Trouble {
 }
 
 fn draw_machines(seeded: &mut Seeded, machines: &[String]) -> Trouble {
-    match seeded.below(10) {
-        0 | 1 => Trouble::Kill(some(seeded, machines)),
-        2 | 3 => Trouble::Freeze(some(seeded, machines)),
-        4..=6 => Trouble::LosePower(some(seeded, machines)),
-        7 => Trouble::FillDisks(some(seeded, machines)),
-        8 => Trouble::KillApplications(one_host(seeded)),
-        _ => Trouble::FreezeApplications(one_host(seeded)),
+    let kind = seeded.below(10);
+    let befallen = some(seeded, machines);
+    let host = hosts_among(&befallen).first().map(ToString::to_string);
+    match (kind, host) {
+        (0, Some(host)) => Trouble::KillApplications(host),
+        (1, Some(host)) => Trouble::FreezeApplications(host),
+        (0..=2, _) => Trouble::Kill(befallen),
+        (3..=4, _) => Trouble::Freeze(befallen),
+        (5..=8, _) => Trouble::LosePower(befallen),
+        _ => Trouble::FillDisks(befallen),
     }
 }
 
@@ -323,4 +356,45 @@ impl<'a, A: Applications> Nemesis<'a, A> {
 fn hosts_among(machines: &[String]) -> Vec<&'static str> {
     let is_befallen = |host: &&str| machines.iter().any(|machine| machine == host);
     HOSTS.into_iter().filter(is_befallen).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_follows_from_its_seed_and_ends_in_time() {
+        // Broken: what was found could not be shown again, a machine would be killed that is dead,
+        // or the test would end in trouble.
+        let machines: Vec<String> = (HOSTS.iter().map(ToString::to_string))
+            .chain((1..=5).map(|number| format!("replica-{number}")))
+            .collect();
+        let length = Duration::from_secs(600);
+        let mut kinds = BTreeSet::new();
+        for seed in 0..20 {
+            let planned = plan(&mut Seeded::new(seed), &machines, length);
+            assert_eq!(planned, plan(&mut Seeded::new(seed), &machines, length));
+            for (index, one) in planned.iter().enumerate() {
+                assert!(
+                    one.begin < one.end && one.end <= length,
+                    "seed {seed}: {one:?}"
+                );
+                let name = format!("{:?}", one.trouble);
+                kinds.extend(name.split('(').next().map(ToOwned::to_owned));
+                for other in planned[index + 1..]
+                    .iter()
+                    .filter(|other| other.begin <= one.end)
+                {
+                    let stopped = one.trouble.stops();
+                    let twice = other
+                        .trouble
+                        .stops()
+                        .iter()
+                        .find(|name| stopped.contains(name));
+                    assert_eq!(twice, None, "seed {seed}: {one:?} {other:?}");
+                }
+            }
+        }
+        assert_eq!(kinds.len(), 10, "{kinds:?}");
+    }
 }

@@ -194,6 +194,7 @@ fn two_hosts_compete_for_a_database_while_all_goes_wrong() {
         let committed = history.committed(client);
         println!("client {client}: {committed} committed, {refused} refused, {unknown} unknown");
     }
+    println!("refused, by result code: {:?}", history.refusals());
     check(&hosts, &history);
 }
 
