@@ -48,6 +48,9 @@ impl Connection {
         start: WalPosition,
     ) -> Result<(), Refusal> {
         self.check_in_place()?;
+        if let Some(refusal) = self.write_refusal.clone() {
+            return Err(refusal);
+        }
         if FileIdentity::of(&with_suffix(&self.path, "-wal")) != self.wal_identity {
             return Err(replaced("WAL"));
         }

@@ -146,6 +146,8 @@ pub struct Connection {
     pub(crate) must_roll_forward: bool,
     /// The wal-index lacks a commit that the WAL has.
     pub(crate) must_void_index: bool,
+    /// Why no transaction may begin while the WAL's write lock is held, found when it was taken.
+    pub(crate) write_refusal: Option<Refusal>,
     /// Whether the host's checkpoints can leave pages out (before 3.51.3).
     pub(crate) distrusts_checkpoints: bool,
     /// Whether the database file is locked exclusively: when its WAL is closed then, it goes.
@@ -197,6 +199,7 @@ impl Connection {
             expects_playback: false,
             must_roll_forward: false,
             must_void_index: false,
+            write_refusal: None,
             distrusts_checkpoints: false,
             holds_exclusive_lock: false,
             holds_write_lock: false,
@@ -364,36 +367,12 @@ impl Connection {
         self.tap.overlay(buffer, offset)
     }
 
-    /// The WAL's write lock was taken.
-    pub fn write_locked(&mut self) {
-        self.holds_write_lock = true;
-    }
-
     /// What the user of a connection does whose local file is behind.
     pub(crate) fn way_forward(&self) -> &'static str {
         match self.holds_write_lock {
             true => "it is fetched now: try again",
             // Rollback mode, and exclusive mode: nothing can be changed under SQLite's feet.
             false => "close all connections and open it again",
-        }
-    }
-
-    /// The WAL's write lock is about to be released. True when the WAL has more than its index
-    /// says, which must be made void before the lock goes.
-    pub fn before_write_unlock(&mut self) -> bool {
-        self.end_wal_transaction();
-        self.holds_write_lock = false;
-        let lags = std::mem::take(&mut self.must_void_index);
-        if !std::mem::take(&mut self.must_roll_forward) || self.poisoned.is_some() {
-            return lags;
-        }
-        match self.roll_forward_live() {
-            Ok(()) => true,
-            Err(refusal) => {
-                self.noted(refusal);
-                // Some frames may be there already; the index must be read from the file again.
-                true
-            }
         }
     }
 
@@ -408,7 +387,7 @@ impl Connection {
         }
     }
 
-    fn end_wal_transaction(&mut self) {
+    pub(crate) fn end_wal_transaction(&mut self) {
         self.skips_wal_sync = false;
         self.abandon_wal_transaction();
     }

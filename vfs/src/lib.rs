@@ -33,6 +33,7 @@ pub mod survey;
 mod vacuum;
 mod wal_end;
 pub mod wal_tap;
+mod write_lock;
 
 pub use connection::{FileReport, FileStatus, LogFn, LogLevel, Unprotected};
 pub use deferred::Durability;

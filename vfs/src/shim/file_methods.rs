@@ -7,6 +7,7 @@ use crate::connection::{Connection, LogLevel};
 use crate::error::Refusal;
 use crate::ffi::{FCNTL_REPORT, text};
 use crate::pragma::PragmaAnswer;
+use crate::write_lock::{HEADERS_BYTES, IndexEnd};
 use libsqlite3_sys as sqlite;
 use libsqlite3_sys::{sqlite3_file, sqlite3_io_methods};
 use std::ffi::{c_char, c_int, c_void};
@@ -15,9 +16,8 @@ use std::sync::Mutex;
 
 /// Index of the WAL's write lock among the locks of `xShmLock`.
 const WAL_WRITE_LOCK: c_int = 0;
-/// Bytes of a region of the wal-index, and of the two headers at the start of its first.
+/// Bytes of a region of the wal-index.
 const SHM_REGION_BYTES: c_int = 32768;
-const WAL_INDEX_HEADERS_BYTES: usize = 96;
 pub(super) fn methods_for(
     host: &'static Host,
     real: *mut sqlite3_file,
@@ -413,11 +413,25 @@ pub(super) unsafe extern "C" fn x_shm_lock(
             && !unlocks
             && flags & sqlite::SQLITE_SHM_EXCLUSIVE != 0
             && offset == WAL_WRITE_LOCK
+            && locked(connection).write_locked(wal_index_end(inner))
         {
-            locked(connection).write_locked();
+            void_wal_index(inner);
         }
         code
     })
+}
+
+/// What the wal-index says of the WAL's end. The write lock is held.
+fn wal_index_end(inner: &Inner) -> Option<IndexEnd> {
+    let mut region: *mut c_void = std::ptr::null_mut();
+    let code = call!(inner.real, xShmMap, 0, SHM_REGION_BYTES, 0, &raw mut region);
+    if code != sqlite::SQLITE_OK || region.is_null() {
+        return None;
+    }
+    // SAFETY: the region is shared memory of 32 KB that the host has mapped; only the holder of the
+    // write lock changes the header.
+    let bytes = unsafe { region.cast::<[u8; HEADERS_BYTES]>().read_volatile() };
+    IndexEnd::parse(&bytes)
 }
 
 /// Makes the next reader build the wal-index again from the WAL. The write lock is held.
@@ -427,7 +441,7 @@ fn void_wal_index(inner: &Inner) {
     if code != sqlite::SQLITE_OK || region.is_null() {
         return;
     }
-    for at in 0..WAL_INDEX_HEADERS_BYTES {
+    for at in 0..HEADERS_BYTES {
         // SAFETY: the region is shared memory of 32 KB that the host has mapped; other processes
         // read the header without a lock and check that its two copies are equal and set.
         unsafe { region.cast::<u8>().add(at).write_volatile(0) };

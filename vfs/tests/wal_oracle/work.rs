@@ -277,8 +277,9 @@ impl Work {
             return;
         }
         let db = &self.connections[index];
+        // As after another connection's commit, and it has no busy handler.
         let refused = db.run("INSERT INTO t VALUES (-1, 'x')").unwrap_err();
-        assert_eq!(refused.code, sqlite::SQLITE_IOERR_WRITE, "{refused:?}");
+        assert_eq!(refused.code & 0xff, sqlite::SQLITE_BUSY, "{refused:?}");
         db.must("INSERT INTO t VALUES (-1, 'x'); DELETE FROM t WHERE id = -1");
     }
 
