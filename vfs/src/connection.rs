@@ -137,7 +137,8 @@ pub struct Connection {
     /// The reason not to commit was found in a transaction that is over; the lock was kept.
     pub(crate) must_check_again: bool,
     pub(crate) acknowledged: Option<Acknowledged>,
-    /// Where the log stood when the reserved lock was taken; none when it was not.
+    /// Where the log stood when the reserved lock was taken for a transaction that knows of no WAL;
+    /// none when it was not.
     pub(crate) reserved_at: Option<Lsn>,
     /// Why the open rollback-mode transaction cannot be committed, found when it began.
     pub(crate) rollback_refusal: Option<Refusal>,
@@ -263,6 +264,7 @@ impl Connection {
     pub fn attach_wal(&mut self, wal: Box<dyn BaseFile + Send>) {
         self.end_wal_transaction();
         self.tap = WalTap::default();
+        self.reserved_at = None;
         self.wal_identity = FileIdentity::of(&with_suffix(&self.path, "-wal"));
         self.wal = Some(wal);
     }

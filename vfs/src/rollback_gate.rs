@@ -294,8 +294,8 @@ impl Connection {
         self.table
             .apply(done.old_count, done.state.page_count(), &done.changes)?;
         self.mark.write(&done.state)?;
-        // In exclusive mode the lock is kept for the next one.
-        self.reserved_at = self.reserved_at.map(|_| done.state.last_lsn());
+        // In exclusive mode the lock is kept, and nobody comes in between.
+        self.reserved_at = None;
         self.mark.stamp()
     }
 
