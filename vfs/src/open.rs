@@ -512,25 +512,31 @@ impl Opener<'_> {
         content: &Content<'_>,
         existing: Option<&(Mark, MarkState)>,
     ) -> Result<(Option<KnownTransaction>, DatabaseChecksum, PageChanges), Refusal> {
-        if let Some((mark, state)) = existing {
-            // Even a table that a crash left between two transactions knows pages never written.
-            let table = mark.page_table();
-            let table = Some((&table, state.page_count()));
-            // A file that shrank and grew again since the last checkpoint has old bytes on pages
-            // that no transaction wrote since: only what stands in the WAL behind the mark counts.
-            let is_since = |page_no, _: &[u8]| content.is_in_wal_since(state.wal, page_no);
-            let ways: [IsWritten<'_>; 2] = [&is_since, &is_not_empty];
-            for is_written in ways {
-                let (checksum, pages) = content.checksums(table, is_written)?;
-                let found = self.find_in_log(content, checksum, existing)?;
-                if found.is_some() {
-                    return Ok((found, checksum, pages));
-                }
+        // Even a table that a crash left between two transactions knows pages never written.
+        let table = existing.map(|(mark, state)| (mark.page_table(), state.page_count()));
+        let table = table.as_ref().map(|(table, count)| (table, *count));
+        // A file that shrank and grew again since the last checkpoint has old bytes on pages that
+        // no transaction wrote since: only what stands in the WAL behind the mark counts.
+        let marked_wal = existing.and_then(|(_, state)| state.wal);
+        let is_since = |page_no, _: &[u8]| content.is_in_wal_since(marked_wal, page_no);
+        // SQLite also writes pages that are empty, of which a loss of power may have kept the page
+        // and taken the table's entry.
+        let is_any = |_, _: &[u8]| true;
+        let by_table: [(_, IsWritten<'_>); 3] =
+            [(table, &is_since), (table, &is_not_empty), (table, &is_any)];
+        let by_content: [(_, IsWritten<'_>); 2] = [(None, &is_any), (None, &is_not_empty)];
+        let by_table = by_table.into_iter().filter(|(table, _)| table.is_some());
+        let mut tried = (None, DatabaseChecksum::EMPTY, PageChanges::new());
+        for (table, is_written) in by_table.chain(by_content) {
+            let (checksum, pages) = content.checksums(table, is_written)?;
+            let found = self.find_in_log(content, checksum, existing)?;
+            let is_found = found.is_some();
+            tried = (found, checksum, pages);
+            if is_found {
+                break;
             }
         }
-        let (checksum, pages) = content.checksums(None, &is_not_empty)?;
-        let found = self.find_in_log(content, checksum, existing)?;
-        Ok((found, checksum, pages))
+        Ok(tried)
     }
 
     fn rewrite_mark(

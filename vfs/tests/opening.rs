@@ -340,6 +340,39 @@ fn a_mark_that_lags_behind_its_file_is_put_right() {
     }
 }
 
+/// Broken, a database with a page of zeros that a transaction wrote is refused after a loss of
+/// power that took the mark, or its newest part.
+#[test]
+fn a_page_of_zeros_is_known_without_its_mark() {
+    for keep_mark in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let mark = &files(&path)[4];
+        let db = open_wal(&path);
+        exec(&db, "CREATE TABLE t(a); INSERT INTO t VALUES (1)");
+        drop(db);
+        let old_mark = std::fs::read(mark).unwrap();
+        let db = open(&path);
+        // The last page of such a value has neither content nor a successor.
+        exec(&db, "INSERT INTO t VALUES (zeroblob(20000))");
+        drop(db);
+        let image = std::fs::read(&path).unwrap();
+        assert!(
+            image
+                .chunks(4096)
+                .any(|page| page.iter().all(|byte| *byte == 0))
+        );
+        if keep_mark {
+            std::fs::write(mark, old_mark).unwrap();
+        } else {
+            std::fs::remove_file(mark).unwrap();
+        }
+        let db = open(&path);
+        exec(&db, "INSERT INTO t VALUES (3)");
+        assert_eq!(number(&db, "SELECT count(*) FROM t"), 3);
+    }
+}
+
 /// Broken, a database that cannot reach its log opens all the same, or blocks for ever.
 #[test]
 fn without_a_sidecar_nothing_opens() {
