@@ -175,7 +175,7 @@ pub struct NodeProgress {
 /// bounded by the events between two polls.
 ///
 /// Messages of a connection come in order, and none after [`Primary::handle_disconnected`].
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Primary {
     database: DatabaseId,
     name: String,

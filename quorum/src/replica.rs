@@ -123,7 +123,7 @@ pub enum ReplicaEffect {
 ///
 /// When the journal could not write, call [`Replica::handle_trouble`], and make a new replica from
 /// what the journal then holds once it writes again.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Replica {
     database: DatabaseId,
     replica: ReplicaId,
@@ -157,7 +157,7 @@ pub struct Replica {
     effects: VecDeque<ReplicaEffect>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct PendingPromise {
     token: u64,
     from: NodeName,

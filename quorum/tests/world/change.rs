@@ -33,7 +33,7 @@ impl World {
 
     /// Makes the step that is due, if one is.
     pub(super) fn change(&mut self, host: usize) {
-        let claimant = self.claimant();
+        let claimant = self.claimant(host);
         if !self.hosts[host].primary.start_change(claimant) {
             return;
         }

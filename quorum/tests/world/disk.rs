@@ -104,7 +104,7 @@ pub enum Record {
 }
 
 /// A replica's disk: what is on it, and what was written but not synced.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Disk {
     /// Which replica; another one after its disk was lost.
     pub replica: ReplicaId,

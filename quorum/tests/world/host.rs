@@ -8,6 +8,7 @@ use durovfs_wire::{ClaimantId, Epoch, LogPosition, Lsn, Membership};
 use rand::RngExt;
 use std::collections::{BTreeMap, VecDeque};
 
+#[derive(Debug, Clone)]
 pub struct Host {
     pub primary: Primary,
     pub log: Log,
@@ -37,6 +38,7 @@ pub struct Fetch {
     last: LogPosition,
 }
 
+#[derive(Debug, Clone)]
 struct Feed {
     previous: LogPosition,
     part: u32,
@@ -145,7 +147,8 @@ impl World {
             && state.primary.state() == PrimaryState::Starting
         {
             state.acked.insert(node, flush_lsn);
-            let held = quorum_lsn(state.acked.values().copied(), 3);
+            let ack_quorum = state.configured.ack_quorum;
+            let held = quorum_lsn(state.acked.values().copied(), ack_quorum);
             if held > state.told_lsn && held <= state.log.last().lsn {
                 self.checker.commit(&state.log, state.told_lsn, held);
                 state.told_lsn = held;
@@ -206,8 +209,8 @@ impl World {
             PrimaryEffect::NodesChanged => self.connect_new_nodes(host),
             PrimaryEffect::NoteMembership { membership } => self.note_membership(host, membership),
             PrimaryEffect::AppendEpochStart { position } => {
-                let value = self.next_value;
-                self.next_value += 1;
+                let value = self.new_value(host, position);
+                let state = &mut self.hosts[host];
                 state.log.append(Entry {
                     position,
                     value,
@@ -323,8 +326,8 @@ impl World {
         }
         if let Some(lsn) = state.primary.next_lsn() {
             let position = LogPosition::new(state.primary.epoch(), lsn);
-            let value = self.next_value;
-            self.next_value += 1;
+            let value = self.new_value(host, position);
+            let state = &mut self.hosts[host];
             state.log.append(Entry {
                 position,
                 value,
@@ -413,13 +416,13 @@ impl World {
     }
 
     pub(super) fn claim(&mut self, host: usize) {
-        let claimant = self.claimant();
+        let claimant = self.claimant(host);
         self.hosts[host].start_claim(claimant);
         self.drive_host(host);
     }
 
     pub(super) fn bury(&mut self, host: usize) {
-        let claimant = self.claimant();
+        let claimant = self.claimant(host);
         let state = &mut self.hosts[host];
         let leading = state.primary.state() == PrimaryState::Leading;
         if !leading && !state.primary.is_burying() {

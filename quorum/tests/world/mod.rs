@@ -8,6 +8,7 @@ mod change;
 pub mod checker;
 pub mod disk;
 mod host;
+pub mod model;
 mod node;
 mod scenario;
 
@@ -97,16 +98,21 @@ struct ToReplica {
 }
 
 /// One connection, both ways in order.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Link {
     up: bool,
     to_replica: VecDeque<ToReplica>,
     to_host: VecDeque<ReplicaMessage>,
 }
 
+#[derive(Clone)]
 pub struct World {
     rng: ChaCha8Rng,
     fault: Fault,
+    /// Nothing is drawn: a model checker chooses each step (`model.rs`).
+    is_model: bool,
+    /// Claims that each host has made.
+    claims: [u8; HOST_COUNT],
     /// Whether disks are lost and replicas replaced: a world of its own, since it does less else.
     changes: bool,
     hosts: Vec<Host>,
@@ -182,10 +188,14 @@ fn part_header(entry: &Entry, part: u32) -> PartHeader {
 impl World {
     pub fn new(seed: u64, fault: Fault) -> Self {
         let ack_quorum = if fault == Fault::QuorumOfTwo { 2 } else { 3 };
+        Self::with_replicas(seed, fault, REPLICA_COUNT, ack_quorum)
+    }
+
+    fn with_replicas(seed: u64, fault: Fault, count: usize, ack_quorum: usize) -> Self {
         let membership = Membership {
             epoch: Epoch::ZERO,
             generation: 1,
-            members: (0..REPLICA_COUNT)
+            members: (0..count)
                 .map(|node| member(node, first_replica(node)))
                 .collect(),
             ack_quorum,
@@ -194,6 +204,8 @@ impl World {
         Self {
             rng: ChaCha8Rng::seed_from_u64(seed),
             fault,
+            is_model: false,
+            claims: [0; HOST_COUNT],
             changes: match fault {
                 Fault::None => seed % 4 == 3,
                 fault => fault == Fault::AnyIdentity,
@@ -212,15 +224,33 @@ impl World {
     }
 
     fn chance(&mut self, percent: u32) -> bool {
-        self.rng.random_range(0..100) < percent
+        !self.is_model && self.rng.random_range(0..100) < percent
     }
 
     fn pick(&mut self, count: usize) -> usize {
+        if self.is_model {
+            return 0;
+        }
         self.rng.random_range(0..count)
     }
 
-    fn claimant(&mut self) -> ClaimantId {
+    fn claimant(&mut self, host: usize) -> ClaimantId {
+        self.claims[host] = self.claims[host].wrapping_add(1);
+        if self.is_model {
+            return ClaimantId::from_bytes([16 * (host as u8 + 1) + self.claims[host]; 16]);
+        }
         ClaimantId::from_bytes(self.rng.random())
+    }
+
+    /// A value that no other entry has.
+    fn new_value(&mut self, host: usize, position: LogPosition) -> u64 {
+        self.next_value += 1;
+        if self.is_model {
+            // The same whichever way led to it.
+            self.next_value = 1;
+            return u64::from(position.epoch.get()) << 32 | position.lsn.get() << 8 | host as u64;
+        }
+        self.next_value - 1
     }
 
     /// Runs with faults, then heals all and finds the log alive.

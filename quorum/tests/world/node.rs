@@ -6,6 +6,7 @@ use durovfs_quorum::{AppendVerdict, Replica, ReplicaEffect};
 use durovfs_wire::peer::{PrimaryMessage, RejectReason, ReplicaMessage};
 use durovfs_wire::{Lsn, ReplicaId};
 
+#[derive(Debug, Clone)]
 pub struct Node {
     pub disk: Disk,
     pub replica: Option<Replica>,
@@ -173,7 +174,8 @@ impl World {
     /// Whether a primary is not told of its successor. What that fault breaks is seen only when it
     /// is not.
     fn loses_notice(&mut self) -> bool {
-        self.fault == Fault::BuryUnconditionally || self.pick(NOTICES_LOST) > 0
+        let is_lost = self.is_model || self.fault == Fault::BuryUnconditionally;
+        is_lost || self.pick(NOTICES_LOST) > 0
     }
 
     /// A promise is on disk before it is on the wire, and so is every entry that is acked. The two
