@@ -7,7 +7,7 @@
 use crate::deferred::Durability;
 use crate::error::{Refusal, RefusalKind};
 use crate::file::{BaseFile, FileIdentity};
-use crate::mark::{Mark, MarkState, with_suffix};
+use crate::mark::{Mark, MarkState, mark_path, with_suffix};
 use crate::page_table::{PageChanges, PageTable};
 use crate::sink::Sink;
 use crate::wal_tap::{Step, WalTap};
@@ -156,6 +156,8 @@ pub struct Connection {
     /// Whether the WAL's write lock in shared memory is held: only at its release can the file be
     /// brought level while it is open.
     pub(crate) holds_write_lock: bool,
+    /// Nothing says that the file is to be protected, if a `VACUUM INTO` opens it.
+    pub(crate) may_be_copy: bool,
     pub(crate) poisoned: Option<String>,
     pub(crate) last_error: String,
     pub(crate) warnings: Vec<String>,
@@ -204,6 +206,7 @@ impl Connection {
             distrusts_checkpoints: false,
             holds_exclusive_lock: false,
             holds_write_lock: false,
+            may_be_copy: false,
             poisoned: None,
             last_error: String::new(),
             warnings: Vec::new(),
@@ -251,6 +254,15 @@ impl Connection {
         if self.poisoned.is_none() {
             self.poisoned = Some(format!("{reason}; close all connections and open it again"));
         }
+    }
+
+    /// Takes back what opening began for a file without content, which is not to be protected.
+    /// False when there is more than that.
+    pub(crate) fn forget_new(&mut self) -> bool {
+        let is_new = self.mark.read().is_ok_and(|state| {
+            state.last.is_none() && state.in_flight.is_none() && state.unconfirmed.is_none()
+        });
+        is_new && self.may_be_copy && std::fs::remove_file(mark_path(&self.path)).is_ok()
     }
 
     pub(crate) fn check_not_poisoned(&self) -> Result<(), Refusal> {

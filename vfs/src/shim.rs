@@ -284,7 +284,8 @@ fn kind_of(
     if given.is_none() && !(host.options.is_included)(&path) {
         return Ok(Kind::Unprotected(Unprotected::LeftOut));
     }
-    if given.is_none() && !is_asked_for(host, name) && is_vacuum_target(host, &path) {
+    let may_be_copy = given.is_none() && !is_asked_for(host, name) && !mark_path(&path).exists();
+    if may_be_copy && vacuum_into::runs_here(&host.api) {
         let line = format!("{}: not protected: made by VACUUM INTO", path.display());
         host.tell(LogLevel::Info, &line);
         return Ok(Kind::Plain);
@@ -299,6 +300,7 @@ fn kind_of(
     let database = given.unwrap_or_else(|| path.to_string_lossy().into_owned());
     let how = (durability, takeover);
     let connection = protect(host, real, path.clone(), &database, how)?;
+    locked(&connection).may_be_copy = may_be_copy;
     // SAFETY: as with the parameters.
     let wal_name = unsafe { host.api.filename_wal(name) } as usize;
     host.databases.add(wal_name, &path, &connection);
@@ -347,12 +349,6 @@ fn is_asked_for(host: &Host, name: *const c_char) -> bool {
     // SAFETY: the name of a main database carries its URI parameters.
     let asked = unsafe { text(host.api.uri_parameter(name, c"vfs".as_ptr())) };
     asked.is_some_and(|asked| asked.as_bytes() == host.options.vfs_name.to_bytes())
-}
-
-/// Whether a `VACUUM INTO` opens this file. It writes only to one that is empty, so that one with
-/// content is not adopted for its sake either.
-fn is_vacuum_target(host: &Host, path: &Path) -> bool {
-    !mark_path(path).exists() && vacuum_into::runs_here(&host.api)
 }
 
 /// What is known to be wrong with the host's SQLite.

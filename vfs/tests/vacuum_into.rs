@@ -162,22 +162,41 @@ fn what_else_is_made_is_protected() {
     });
 }
 
-/// Broken, statements of a connection that another thread may be using are looked at: a crash. What
-/// cannot be told stays protected.
+/// Broken, the copy that a connection without a mutex makes in a program of several threads is a
+/// database of the cluster, or what else it opens is not.
 #[test]
-fn without_a_mutex_the_target_stays_protected() {
+fn without_a_mutex_the_target_is_an_ordinary_file_too() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.db");
     let db = open_watched(&path, OpenFlags::SQLITE_OPEN_NO_MUTEX);
-    exec(&db, "CREATE TABLE t(a)");
-    let (target, plain) = (dir.path().join("b.db"), dir.path().join("c.db"));
-    exec(&db, &format!("VACUUM INTO '{}'", target.display()));
-    assert_eq!(transactions(&target), 1);
     exec(
         &db,
-        &format!("VACUUM INTO 'file:{}?vfs=unix'", plain.display()),
+        "CREATE TABLE t(a); INSERT INTO t VALUES (randomblob(9000))",
     );
-    assert_eq!(transactions(&plain), 0);
+    let target = dir.path().join("b.db");
+    exec(&db, &format!("VACUUM INTO '{}'", target.display()));
+    assert_eq!(transactions(&target), 0);
+    assert!(!dir.path().join("b.db-durovfs").exists());
+    let copy = open_plain(&target);
+    assert_eq!(text(&copy, "PRAGMA integrity_check"), "ok");
+    assert_eq!(number(&copy, "SELECT length(a) FROM t"), 9000);
+    drop(copy);
+    let asked = dir.path().join("c.db");
+    exec(
+        &db,
+        &format!("VACUUM INTO 'file:{}?vfs=durovfs'", asked.display()),
+    );
+    assert_eq!(transactions(&asked), 1);
+    let attached = dir.path().join("d.db");
+    exec(
+        &db,
+        &format!("ATTACH '{}' AS d; CREATE TABLE d.t(a)", attached.display()),
+    );
+    assert_eq!(transactions(&attached), 1);
+    // Opened as a database, the copy becomes one.
+    exec(&open(&target), "CREATE TABLE u(a)");
+    assert_eq!(transactions(&target), 2);
+    assert_level(&target);
 }
 
 /// Broken, a connection that was closed is looked at: a crash.

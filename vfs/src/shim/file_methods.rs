@@ -1,7 +1,7 @@
 //! The methods of `sqlite3_io_methods`, in SQLite's order. Plain files, and all that is not about
 //! the content of a protected database, pass through.
 
-use super::{Host, Inner, Kind, ShimFile, guarded, locked};
+use super::{Host, Inner, Kind, ShimFile, guarded, locked, vacuum_into};
 use crate::FileReport;
 use crate::connection::{Connection, LogLevel};
 use crate::error::Refusal;
@@ -261,6 +261,9 @@ pub(super) unsafe extern "C" fn x_file_control(
     operation: c_int,
     argument: *mut c_void,
 ) -> c_int {
+    if operation == sqlite::SQLITE_FCNTL_PDB {
+        guarded((), || leave_copy_alone(file, argument));
+    }
     with_file(file, |inner| {
         if operation == FCNTL_REPORT
             && let Some(report) = report(inner)
@@ -299,6 +302,29 @@ pub(super) unsafe extern "C" fn x_file_control(
         }
         code
     })
+}
+
+/// The file was opened as a database, and is the target of a `VACUUM INTO`: an ordinary file.
+fn leave_copy_alone(file: *mut sqlite3_file, argument: *mut c_void) {
+    let shim = file.cast::<ShimFile>();
+    // SAFETY: SQLite calls our methods on files that `x_open` made, until it closed them.
+    let inner = unsafe { &mut *(*shim).inner };
+    let Kind::Database(connection) = &inner.kind else {
+        return;
+    };
+    // SAFETY: the argument is SQLite's own.
+    let is_copy = locked(connection).may_be_copy
+        && unsafe { vacuum_into::opens_copy(&inner.host.api, argument) };
+    if !is_copy || !locked(connection).forget_new() {
+        return;
+    }
+    inner.host.databases.remove(connection);
+    let line = format!(
+        "{}: not protected: made by VACUUM INTO",
+        locked(connection).path.display()
+    );
+    inner.host.tell(LogLevel::Info, &line);
+    inner.kind = Kind::Plain;
 }
 
 /// None of a file that is no database.

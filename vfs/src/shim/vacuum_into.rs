@@ -6,8 +6,10 @@
 //! held, its statements may be looked at. `sqlite3_mutex_try` gets a mutex that is free, or that
 //! this thread has already; a statement that runs under a free mutex there is none. A connection
 //! without a mutex (`SQLITE_OPEN_NOMUTEX`, or SQLite built so, as in its shell) may be in use by
-//! another thread: it is looked at when the program has no other, and else left alone, so that what
-//! it makes is protected.
+//! another thread: it is looked at when the program has no other. Else the file is protected at
+//! first; SQLite tells it its connection before it writes anything, and then that one, which this
+//! thread is using, is looked at. What was begun for the copy is taken back; the log that it got
+//! stays empty in the cluster.
 
 use crate::ffi::{Api, ScalarFn, text};
 use crate::vacuum::is_vacuum_into;
@@ -77,6 +79,18 @@ pub(super) fn runs_here(api: &Api) -> bool {
     ours.any(|(_, db)| unsafe { runs_on(api, *db as *mut sqlite3) })
 }
 
+/// Whether a `VACUUM … INTO` runs on the connection that SQLite tells to a file that it has opened.
+///
+/// # Safety
+/// The argument is that of `SQLITE_FCNTL_PDB`, in a call of SQLite's.
+pub(super) unsafe fn opens_copy(api: &Api, argument: *mut c_void) -> bool {
+    // SAFETY: a pointer to the connection, or to none; this thread is in a call with it.
+    unsafe {
+        let db = argument.cast::<*mut sqlite3>().read();
+        !db.is_null() && has_running(api, db)
+    }
+}
+
 /// # Safety
 /// The connection is open, and stays so until this returns.
 unsafe fn runs_on(api: &Api, db: *mut sqlite3) -> bool {
@@ -116,7 +130,7 @@ fn is_only_thread() -> bool {
 }
 
 /// # Safety
-/// This thread holds the connection's mutex, or is the only one.
+/// This thread holds the connection's mutex, is the only one, or is in a call with the connection.
 unsafe fn has_running(api: &Api, db: *mut sqlite3) -> bool {
     // SAFETY: by the caller's promise, here and below.
     let mut statement = unsafe { api.next_stmt(db, std::ptr::null_mut()) };
