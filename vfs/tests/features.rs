@@ -120,7 +120,10 @@ fn modes_sizes_and_copies_are_followed() {
     assert_eq!(number(&target, "SELECT count(*) FROM t"), 302);
     exec(
         &db,
-        &format!("VACUUM INTO '{}'", dir.path().join("d.db").display()),
+        &format!(
+            "VACUUM INTO 'file:{}?vfs=durovfs'",
+            dir.path().join("d.db").display()
+        ),
     );
     exec(&db, &format!("ATTACH '{}' AS other", copy.display()));
     exec(
