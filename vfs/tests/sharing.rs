@@ -169,7 +169,13 @@ fn transaction_child() {
     let Ok(path) = std::env::var("DUROVFS_TRANSACTION_PATH") else {
         return;
     };
-    let db = open(Path::new(&path));
+    let db = match std::env::var_os("DUROVFS_TRANSACTION_PLAIN") {
+        Some(_) => open_plain(Path::new(&path)),
+        None => open(Path::new(&path)),
+    };
+    if let Ok(journal) = std::env::var("DUROVFS_TRANSACTION_JOURNAL") {
+        exec(&db, &format!("PRAGMA journal_mode={journal}"));
+    }
     exec(
         &db,
         "PRAGMA cache_size=5; PRAGMA cache_spill=1; BEGIN IMMEDIATE; UPDATE t SET b = 0; \
@@ -181,11 +187,16 @@ fn transaction_child() {
 }
 
 fn spawn_transaction(path: &Path) -> Child {
+    spawn_transaction_with(path, &[])
+}
+
+fn spawn_transaction_with(path: &Path, environment: &[(&str, &str)]) -> Child {
     let ready = PathBuf::from(format!("{}.ready", path.display()));
     let _ = std::fs::remove_file(&ready);
     let child = Command::new(std::env::current_exe().unwrap())
         .args(["transaction_child", "--exact"])
         .env("DUROVFS_TRANSACTION_PATH", path)
+        .envs(environment.iter().copied())
         .spawn()
         .unwrap();
     while !ready.exists() {
@@ -232,6 +243,63 @@ fn others_go_on_when_the_writer_is_killed() {
         drop(db);
         assert_level(&path);
     }
+}
+
+fn with_rows(path: &Path) -> rusqlite::Connection {
+    let db = open(path);
+    exec(
+        &db,
+        "PRAGMA journal_mode=DELETE; CREATE TABLE t(a, b); \
+         WITH n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i<50) \
+         INSERT INTO t SELECT i, randomblob(900) FROM n",
+    );
+    db
+}
+
+/// Broken, the journal that a process without durovfs left behind is played back past the log, or
+/// what it put right is taken for somebody's write.
+#[test]
+fn a_foreign_journal_is_played_back_and_nothing_is_foreign() {
+    for is_open in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let mut db = Some(with_rows(&path)).filter(|_| is_open);
+        let before = sink().last_lsn(path.to_str().unwrap());
+        let mut child = spawn_transaction_with(&path, &[("DUROVFS_TRANSACTION_PLAIN", "1")]);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(dir.path().join("a.db-journal").exists());
+        let db = db.take().unwrap_or_else(|| open(&path));
+        assert_eq!(number(&db, "SELECT sum(length(b)) FROM t"), 50 * 900);
+        assert_eq!(sink().last_lsn(path.to_str().unwrap()), before);
+        exec(&db, "INSERT INTO t VALUES (0, 1)");
+        drop(db);
+        assert_level(&path);
+    }
+}
+
+/// Broken, a file that a crash left half written, with its journal in the memory of who died, is
+/// taken for the log's, or cannot be had back from it.
+#[test]
+fn a_crash_without_a_journal_on_disk_is_refused_and_the_log_has_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.db");
+    let db = with_rows(&path);
+    let mut child = spawn_transaction_with(&path, &[("DUROVFS_TRANSACTION_JOURNAL", "MEMORY")]);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    try_exec(&db, "INSERT INTO t VALUES (0, 1)").unwrap_err();
+    drop(db);
+    assert!(try_open(&path).is_err());
+    let line = durovfs_vfs::shim::last_open_refusal();
+    assert!(line.contains("durovfs resolve"), "{line}");
+    // What `--keep log` does, the copy that it saves left aside.
+    std::fs::write(&path, "").unwrap();
+    let db = open(&path);
+    assert_eq!(number(&db, "SELECT sum(length(b)) FROM t"), 50 * 900);
+    exec(&db, "INSERT INTO t VALUES (0, 1)");
+    drop(db);
+    assert_level(&path);
 }
 
 /// Writes the beginning of a file that this process has open, without opening it here.
