@@ -110,9 +110,26 @@ fn a_seed_gives_the_same_run_twice() {
     assert_ne!(run(42, Fault::None), run(43, Fault::None));
 }
 
-/// Finds the first seed in which the fault is seen.
+/// What the checker says of a commit that is lost, made twice or undone. Another panic does not
+/// count: it need not be the fault's.
+const BROKEN_PROMISES: [&str; 4] = [
+    "is lost",
+    "two entries committed",
+    "has another entry",
+    "was committed",
+];
+
+/// Finds the first seed in which the fault breaks what the log promises.
 fn assert_caught(fault: Fault, within: u64) {
-    let caught = (0..within).find_map(|seed| run(seed, fault).err().map(|panic| (seed, panic)));
+    assert_says(fault, within, &BROKEN_PROMISES);
+}
+
+fn assert_says(fault: Fault, within: u64, expected: &[&str]) {
+    let is_promise = |panic: &String| expected.iter().any(|said| panic.contains(said));
+    let caught = (0..within).find_map(|seed| {
+        let panic = run(seed, fault).err().filter(is_promise);
+        panic.map(|panic| (seed, panic))
+    });
     match caught {
         Some((seed, panic)) => eprintln!("{fault:?} caught by seed {seed}: {panic}"),
         None => panic!("{fault:?} was not seen in {within} seeds"),
@@ -145,7 +162,9 @@ fn counting_entries_of_older_epochs_is_caught() {
 
 #[test]
 fn a_promise_that_is_not_persisted_is_caught() {
-    assert_caught(Fault::PromiseNotPersisted, 200);
+    // By the replica itself, when it starts with entries of an epoch that it has not promised: it
+    // stops before anything is lost, in this world and in every schedule of the model.
+    assert_says(Fault::PromiseNotPersisted, 200, &["above promised epoch"]);
 }
 
 #[test]

@@ -11,7 +11,7 @@ struct Bench {
     disk: MemoryDisk,
     driver: JournalDriver,
     log: ReplicaLog,
-    notices: Arc<Mutex<Vec<Notice>>>,
+    notices: Notices,
 }
 
 fn database() -> DatabaseId {
@@ -22,18 +22,25 @@ fn primary() -> NodeName {
     "a".parse().unwrap()
 }
 
+type Notices = Arc<Mutex<Vec<Notice>>>;
+
+fn open(disk: &MemoryDisk) -> (Journal, JournalDriver, Notices, NoticeSink) {
+    let options = JournalOptions {
+        segment_bytes: 64 << 10,
+        limit_bytes: 1 << 20,
+        ..JournalOptions::new("unused", true)
+    };
+    let (journal, driver, _) = Journal::open_driven(Arc::new(disk.clone()), &options).unwrap();
+    let notices = Notices::default();
+    let seen = notices.clone();
+    let sink: NoticeSink = Arc::new(move |notice| seen.lock().unwrap().push(notice));
+    (journal, driver, notices, sink)
+}
+
 impl Bench {
     fn new() -> Self {
         let disk = MemoryDisk::default();
-        let options = JournalOptions {
-            segment_bytes: 64 << 10,
-            limit_bytes: 1 << 20,
-            ..JournalOptions::new("unused", true)
-        };
-        let (journal, driver, _) = Journal::open_driven(Arc::new(disk.clone()), &options).unwrap();
-        let notices: Arc<Mutex<Vec<Notice>>> = Arc::default();
-        let seen = notices.clone();
-        let sink: NoticeSink = Arc::new(move |notice| seen.lock().unwrap().push(notice));
+        let (journal, driver, notices, sink) = open(&disk);
         let log = ReplicaLog::unheard_of(journal, sink, database(), ReplicaId::from_bytes([5; 16]));
         Self {
             disk,
@@ -71,6 +78,11 @@ impl Bench {
 
     fn append_start(&mut self, epoch: u32, lsn: u64) -> Vec<ReplicaMessage> {
         self.tell_members(epoch);
+        self.append(epoch, lsn).unwrap();
+        self.messages()
+    }
+
+    fn append(&mut self, epoch: u32, lsn: u64) -> Result<(), AppendRefused> {
         let context = AppendContext {
             generation: 1,
             epoch: Epoch::new(epoch),
@@ -91,8 +103,14 @@ impl Bench {
         let payload = Bytes::new();
         self.log
             .handle_append(context, EntryPart { header, payload }, ())
-            .unwrap();
-        self.messages()
+    }
+
+    /// The process ends, and another one reads the journal.
+    fn restart(&mut self) {
+        let (journal, driver, notices, sink) = open(&self.disk);
+        let state = journal.state(database()).unwrap();
+        self.log = ReplicaLog::from_journal(journal, sink, &state, ReplicaId::from_bytes([6; 16]));
+        (self.driver, self.notices) = (driver, notices);
     }
 
     fn messages(&mut self) -> Vec<ReplicaMessage> {
@@ -126,6 +144,37 @@ fn nothing_is_told_before_it_is_on_disk() {
     assert_eq!(bench.append_start(1, 1), []);
     bench.driver.write_waiting();
     assert!(matches!(bench.hear()[..], [ReplicaMessage::Ack { .. }]));
+}
+
+// If this failed, a primary that lost its epoch could still commit with this replica's ack.
+#[test]
+fn an_older_epochs_entries_are_refused_from_the_claim_on_and_after_a_restart() {
+    let is_fenced = |refused: Result<(), AppendRefused>| {
+        let Err(AppendRefused::Rejected(RejectReason::Fenced { promised })) = refused else {
+            return false;
+        };
+        promised == Epoch::new(2)
+    };
+    let mut bench = Bench::new();
+    bench.claim(1);
+    bench.driver.write_waiting();
+    bench.hear();
+    bench.append_start(1, 1);
+    bench.driver.write_waiting();
+    bench.hear();
+    // The newer promise is on its way to the disk, then on it.
+    assert_eq!(bench.claim(2), []);
+    assert!(is_fenced(bench.append(1, 2)));
+    bench.driver.write_waiting();
+    bench.hear();
+    assert!(is_fenced(bench.append(1, 2)));
+    bench.restart();
+    assert!(is_fenced(bench.append(1, 2)));
+    assert!(matches!(
+        bench.claim(1)[..],
+        [ReplicaMessage::Rejected { .. }]
+    ));
+    assert_eq!(bench.log.machine().last().lsn, Lsn::new(1));
 }
 
 // If this failed, the notice of a promise that an earlier machine wanted would be taken for one
