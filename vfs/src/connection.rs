@@ -6,7 +6,7 @@
 
 use crate::deferred::Durability;
 use crate::error::{Refusal, RefusalKind};
-use crate::file::{BaseFile, FileIdentity};
+use crate::file::{BaseFile, DatabaseFile, FileIdentity};
 use crate::mark::{Mark, MarkState, mark_path, with_suffix};
 use crate::page_table::{PageChanges, PageTable};
 use crate::sink::Sink;
@@ -110,7 +110,7 @@ pub struct Connection {
     pub(crate) durability: Durability,
     pub(crate) mark: Mark,
     pub(crate) table: PageTable,
-    pub(crate) database: Box<dyn BaseFile + Send>,
+    pub(crate) database: Box<dyn DatabaseFile + Send>,
     pub(crate) wal: Option<Box<dyn BaseFile + Send>>,
     /// What the WAL's name led to when it was opened.
     pub(crate) wal_identity: Option<FileIdentity>,
@@ -145,6 +145,8 @@ pub struct Connection {
     /// A commit of rollback mode was refused: SQLite plays its journal back next.
     pub(crate) expects_playback: bool,
     pub(crate) must_roll_forward: bool,
+    /// The file lacks what the log has, in rollback mode: it is brought level before the next lock.
+    pub(crate) must_follow: bool,
     /// The wal-index lacks a commit that the WAL has.
     pub(crate) must_void_index: bool,
     /// Why no transaction may begin while the WAL's write lock is held, found when it was taken.
@@ -169,7 +171,7 @@ impl Connection {
         surroundings: Surroundings,
         path: PathBuf,
         mark: Mark,
-        database: Box<dyn BaseFile + Send>,
+        database: Box<dyn DatabaseFile + Send>,
         log: (DatabaseId, Epoch),
     ) -> Self {
         let (database_id, epoch) = log;
@@ -201,6 +203,7 @@ impl Connection {
             rollback_refusal: None,
             expects_playback: false,
             must_roll_forward: false,
+            must_follow: false,
             must_void_index: false,
             write_refusal: None,
             distrusts_checkpoints: false,
@@ -385,8 +388,11 @@ impl Connection {
     pub(crate) fn way_forward(&self) -> &'static str {
         match self.holds_write_lock {
             true => "it is fetched now: try again",
-            // Rollback mode, and exclusive mode: nothing can be changed under SQLite's feet.
-            false => "close all connections and open it again",
+            // Rollback mode, or exclusive mode, in which nothing is changed under SQLite's feet.
+            false => {
+                "it is fetched when nobody reads the file: try again; in exclusive locking mode, \
+                 close all connections and open it again"
+            }
         }
     }
 

@@ -6,6 +6,7 @@
 
 #![deny(unsafe_code)]
 
+mod change_counter;
 mod commit_gate;
 pub mod connection;
 pub mod deferred;

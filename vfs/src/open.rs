@@ -14,6 +14,7 @@
 //!
 //! The first opener does this under SQLite's exclusive lock; who finds the database in use joins.
 
+mod following;
 mod joining;
 mod keep_local;
 mod resolution;
@@ -417,15 +418,10 @@ impl Opener<'_> {
         };
         // Frames are appended to a WAL that has commits; one that has none counts no more.
         let wal = wal.filter(|(_, survey)| survey.page_count.is_some() || state.applying);
-        let mut applier = Applier {
-            database: self.file,
-            wal: wal
-                .map(|(file, survey)| (file, survey.header))
-                .filter(|_| !state.applying),
-            table: mark.page_table(),
-            mark: &mut mark,
-            state,
-        };
+        let appendable = wal
+            .map(|(file, survey)| (file, survey.header))
+            .filter(|_| !state.applying);
+        let mut applier = Applier::new(self.file, appendable, &mut mark, state);
         if let (true, Some((file, _))) = (state.applying, wal) {
             file.truncate(0)?;
         }

@@ -4,6 +4,7 @@
 //! An entry's parts are gathered in a spool, because slots may be written again and only the last
 //! part tells which count; the spool keeps little in memory and the rest in a temporary file.
 
+use crate::change_counter::ChangeCounter;
 use crate::connection::{Connection, LogLevel};
 use crate::error::Refusal;
 use crate::file::BaseFile;
@@ -179,15 +180,34 @@ pub(crate) fn read_transactions(
 
 /// Writes transactions where SQLite finds them, and keeps the page table and the state level.
 pub(crate) struct Applier<'a> {
-    pub(crate) database: &'a dyn BaseFile,
+    database: &'a dyn BaseFile,
     /// The WAL, when frames are to be appended to it.
-    pub(crate) wal: Option<(&'a dyn BaseFile, WalHeader)>,
-    pub(crate) mark: &'a mut Mark,
-    pub(crate) table: PageTable,
+    wal: Option<(&'a dyn BaseFile, WalHeader)>,
+    mark: &'a mut Mark,
+    table: PageTable,
     pub(crate) state: MarkState,
+    /// Of the file, once it is written in place.
+    counter: Option<ChangeCounter>,
 }
 
-impl Applier<'_> {
+impl<'a> Applier<'a> {
+    /// One that goes on from this state.
+    pub(crate) fn new(
+        database: &'a dyn BaseFile,
+        wal: Option<(&'a dyn BaseFile, WalHeader)>,
+        mark: &'a mut Mark,
+        state: MarkState,
+    ) -> Self {
+        Self {
+            database,
+            wal,
+            table: mark.page_table(),
+            mark,
+            state,
+            counter: None,
+        }
+    }
+
     /// Applies one transaction; the mark follows with [`Self::finish`].
     pub(crate) fn apply(&mut self, transaction: &Transaction<'_>) -> Result<(), Refusal> {
         let commit = transaction.summary.commit;
@@ -274,11 +294,24 @@ impl Applier<'_> {
         if let Some((wal, _)) = self.wal.take() {
             wal.truncate(0)?;
         }
+        if self.counter.is_none()
+            && let Some(counter) = ChangeCounter::next_of(self.database)?
+        {
+            // Connections that hold no lock have pages of what is overwritten now.
+            counter.write_to(self.database)?;
+            self.counter = Some(counter);
+        }
         let page_size = transaction.page_size();
+        let mut first = vec![0u8; page_size.get()];
         transaction
             .for_each_page(|page_no, image| {
-                self.database
-                    .write_at(image, page_no.file_offset(page_size))
+                let offset = page_no.file_offset(page_size);
+                let Some(counter) = self.counter.filter(|_| offset == 0) else {
+                    return self.database.write_at(image, offset);
+                };
+                first.copy_from_slice(image);
+                counter.put_into(&mut first);
+                self.database.write_at(&first, offset)
             })
             .and_then(|()| {
                 let pages = u64::from(transaction.summary.commit.page_count);
@@ -381,13 +414,8 @@ impl Connection {
             }
         };
         let surroundings = self.surroundings.clone();
-        let mut applier = Applier {
-            database: self.database.as_ref(),
-            wal: Some((wal, header)),
-            table: self.mark.page_table(),
-            mark: &mut self.mark,
-            state,
-        };
+        let database: &dyn BaseFile = self.database.as_ref();
+        let mut applier = Applier::new(database, Some((wal, header)), &mut self.mark, state);
         let first_lsn = last.position.lsn.next();
         read_transactions(
             surroundings.sink.as_ref(),

@@ -25,11 +25,25 @@ fn in_wal_mode() -> Refusal {
 
 impl Connection {
     /// A write transaction in rollback mode may begin (the reserved lock was taken).
-    pub fn reserved(&mut self) {
+    ///
+    /// # Errors
+    /// When the file must be brought level first (`open/following.rs`): the lock is to be given
+    /// back, and SQLite tries again. All other reasons not to commit are told at the commit, so
+    /// that a journal can be played back before.
+    pub fn reserved(&mut self) -> Result<(), Refusal> {
         if !self.dirty.is_empty() {
-            return;
+            return Ok(());
         }
         self.rollback_refusal = self.check_rollback_base().err();
+        match self.rollback_refusal.take_if(|_| self.must_follow) {
+            Some(refusal) => Err(self.noted(Refusal::busy(refusal.message))),
+            None => Ok(()),
+        }
+    }
+
+    /// The log has what the file lacks.
+    fn note_behind(&mut self) {
+        self.must_follow |= std::mem::take(&mut self.must_roll_forward);
     }
 
     fn check_rollback_base(&mut self) -> Result<(), Refusal> {
@@ -39,7 +53,7 @@ impl Connection {
         self.check_in_place()?;
         let mut state = self.mark.read()?;
         self.settle(&mut state)
-            .inspect_err(|_| self.must_roll_forward = false)?;
+            .inspect_err(|_| self.note_behind())?;
         self.reserved_at = Some(state.last_lsn());
         match state.last {
             Some(last) if state.wal.is_none() => self.check_database_file(&last)?,
@@ -110,6 +124,7 @@ impl Connection {
         match &result {
             Ok(()) => self.unaccounted = false,
             Err(refusal) => {
+                self.note_behind();
                 if refusal.kind == RefusalKind::Busy {
                     // What the journal brings back may stand in the WAL otherwise.
                     self.rollback_refusal = Some(refusal.clone());
@@ -148,8 +163,7 @@ impl Connection {
         if self.reserved_at.is_some_and(|lsn| lsn != base.last_lsn()) {
             return Err(in_wal_mode());
         }
-        self.settle(&mut base)
-            .inspect_err(|_| self.must_roll_forward = false)?;
+        self.settle(&mut base)?;
         self.submit_pages(&base, &header, whole_image, changes)
     }
 

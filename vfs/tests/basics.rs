@@ -89,10 +89,10 @@ fn an_unknown_commit_that_is_in_the_log_is_fetched_before_the_next() {
 /// Broken, a connection that cannot follow the log while it is open says nothing of what helps, or
 /// writes on.
 #[test]
-fn in_exclusive_and_rollback_mode_reopening_follows_the_log() {
+fn in_exclusive_mode_reopening_follows_the_log() {
     for setup in [
         "PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL",
-        "SELECT 1",
+        "PRAGMA locking_mode=EXCLUSIVE",
     ] {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.db");
@@ -121,4 +121,28 @@ fn in_exclusive_and_rollback_mode_reopening_follows_the_log() {
         drop(db);
         assert_level(&path);
     }
+}
+
+/// Broken, a commit of rollback mode whose outcome was unknown, and that the quorum has, is lost in
+/// the local file, or stops all further ones.
+#[test]
+fn in_rollback_mode_an_unknown_commit_is_fetched_before_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.db");
+    let name = path.to_str().unwrap();
+    let db = open(&path);
+    exec(&db, "CREATE TABLE t(a)");
+    sink().fault(name, &[Fault::UnknownCommitted]);
+    let error = try_exec(&db, "INSERT INTO t VALUES (1)").unwrap_err();
+    assert_eq!(code(&error), libsqlite3_sys::SQLITE_IOERR_FSYNC);
+    assert_eq!(number(&db, "SELECT count(*) FROM t"), 0);
+    sink().set_resolve_unknown(name, true);
+    let error = try_exec(&db, "INSERT INTO t VALUES (2)").unwrap_err();
+    assert_eq!(code(&error), libsqlite3_sys::SQLITE_IOERR_WRITE);
+    sink().set_resolve_unknown(name, false);
+    // A busy handler is all that an application needs.
+    exec(&db, "PRAGMA busy_timeout=5000; INSERT INTO t VALUES (2)");
+    assert_eq!(number(&db, "SELECT sum(a) FROM t"), 3);
+    drop(db);
+    assert_level(&path);
 }

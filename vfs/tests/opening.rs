@@ -525,6 +525,72 @@ fn others_go_on_after_a_crash_at_the_gate() {
     assert_level(&path);
 }
 
+/// Broken, a process that dies between the quorum's acknowledgement and the end of its journal
+/// leaves the others refused until all have closed the database, or with a file that lacks the
+/// commit.
+#[test]
+fn in_rollback_mode_others_go_on_after_a_crash_at_the_gate() {
+    for (journal, locking) in [
+        ("DELETE", "NORMAL"),
+        ("PERSIST", "NORMAL"),
+        ("TRUNCATE", "EXCLUSIVE"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let db = open(&path);
+        let setup = format!("PRAGMA journal_mode={journal}");
+        exec(&db, &format!("{setup}; CREATE TABLE t(a, b)"));
+        let idle = open(&path);
+        let what = format!("{journal} {locking}");
+        for round in 1..6 {
+            let before = number(&db, "SELECT count(*) FROM t");
+            assert_eq!(number(&idle, "SELECT count(*) FROM t"), before);
+            // In exclusive mode only the first commit changes the file's change counter.
+            crash(
+                &path,
+                "commit",
+                1,
+                &format!(
+                    "{setup}; PRAGMA locking_mode={locking}; \
+                     INSERT INTO t VALUES (1, 1); INSERT INTO t VALUES (2, 2)"
+                ),
+            );
+            // It plays the dead process's journal back; reading does not wait for the log.
+            assert_eq!(
+                number(&idle, "SELECT count(*) FROM t"),
+                before + 1,
+                "{what}"
+            );
+            if round % 2 == 0 {
+                // Nothing is changed under the feet of whoever reads.
+                exec(&idle, "BEGIN; SELECT count(*) FROM t");
+                exec(&db, "PRAGMA busy_timeout=0");
+                for _ in 0..2 {
+                    let error = try_exec(&db, "INSERT INTO t VALUES (3, 3)").unwrap_err();
+                    assert_eq!(code(&error), sqlite::SQLITE_BUSY, "{what} {round}");
+                    let status = file_status(&db, c"main").unwrap();
+                    assert!(status.last_error.contains("try again"), "{status:?}");
+                }
+                exec(&db, "PRAGMA busy_timeout=5000");
+                exec(&idle, "COMMIT");
+            }
+            // A busy handler is all that it takes.
+            exec(&db, "INSERT INTO t VALUES (3, 3)");
+            assert_eq!(
+                number(&db, "SELECT count(*) FROM t"),
+                before + 3,
+                "{what} {round}"
+            );
+            let counted = number(&idle, "SELECT count(*) FROM t WHERE a > 0");
+            assert_eq!(counted, before + 3, "{what} {round}");
+            exec(&idle, "UPDATE t SET b = b + 1 WHERE a = 2");
+        }
+        assert_eq!(text(&idle, "PRAGMA integrity_check"), "ok");
+        drop((db, idle));
+        assert_level(&path);
+    }
+}
+
 /// The process that is killed under load. Does nothing when it is run as a test.
 #[test]
 fn load_child() {

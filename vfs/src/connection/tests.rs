@@ -128,6 +128,18 @@ impl BaseFile for Faulty {
     }
 }
 
+impl DatabaseFile for File {
+    fn try_lock_exclusive(&self) -> Result<bool, Refusal> {
+        Ok(false)
+    }
+
+    fn unlock_all(&self) {}
+
+    fn recover_journal(&self) -> Result<(), Refusal> {
+        Ok(())
+    }
+}
+
 struct World {
     connection: Connection,
     fails: Arc<AtomicBool>,
@@ -413,7 +425,7 @@ fn leaving_wal_mode_waits_for_who_began_a_wal_meanwhile() {
         connection.write_database(0, &database)?;
         connection.commit_database()
     };
-    world.connection.reserved();
+    world.connection.reserved().unwrap();
     let mut other = world.connection.mark.read().unwrap();
     let wal = WalPosition {
         salts: world.header.salts,
@@ -438,7 +450,7 @@ fn leaving_wal_mode_waits_for_who_began_a_wal_meanwhile() {
     // The same when the commit was made before the lock was taken.
     let path = with_suffix(&world.connection.path, "-wal");
     std::fs::write(&path, world.header.encode()).unwrap();
-    world.connection.reserved();
+    world.connection.reserved().unwrap();
     let refusal = leave(&mut world.connection).unwrap_err();
     assert_eq!(refusal.code(), sqlite::SQLITE_BUSY, "{refusal}");
     assert_eq!(world.sent(), 0);

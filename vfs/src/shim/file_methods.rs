@@ -225,10 +225,19 @@ pub(super) unsafe extern "C" fn x_lock(file: *mut sqlite3_file, level: c_int) ->
         if inner.is_inherited() {
             return sqlite::SQLITE_IOERR_LOCK;
         }
+        if let (sqlite::SQLITE_LOCK_SHARED, Kind::Database(connection)) = (level, &inner.kind) {
+            locked(connection).before_shared_lock();
+        }
         let code = call!(inner.real, xLock, level);
         if let (sqlite::SQLITE_OK, Kind::Database(connection)) = (code, &inner.kind) {
             match level {
-                sqlite::SQLITE_LOCK_RESERVED => locked(connection).reserved(),
+                sqlite::SQLITE_LOCK_RESERVED => {
+                    let may_write = locked(connection).reserved();
+                    if let Err(refusal) = may_write {
+                        call!(inner.real, xUnlock, sqlite::SQLITE_LOCK_SHARED);
+                        return refusal.code();
+                    }
+                }
                 sqlite::SQLITE_LOCK_EXCLUSIVE => locked(connection).exclusively_locked(),
                 _ => {}
             }
