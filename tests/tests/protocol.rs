@@ -8,8 +8,10 @@ use durovfs_link::{Connection, Endpoint, FrameReceiver, FrameSender, Identity, P
 use durovfs_tests::cluster::{Cluster, ClusterOptions};
 use durovfs_wire::client::{ClientMessage, CommitOutcome, SidecarMessage};
 use durovfs_wire::entry::{CommitHeader, Origin, PayloadBuilder};
+use durovfs_wire::peer::{Claim, PrimaryMessage, ReplicaMessage};
 use durovfs_wire::{
-    ClientId, DatabaseChecksum, DatabaseId, Frame, Lsn, NodeName, PageNo, PageSize, Timestamp,
+    ClaimantId, ClientId, DatabaseChecksum, DatabaseId, Epoch, Frame, Lsn, NodeName, PageNo,
+    PageSize, Timestamp,
 };
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -436,5 +438,71 @@ async fn what_became_of_a_commit_is_told_also_before_the_primarys_own_journal_ha
         }
         (client.sequence, client.base) = end;
     }
+    cluster.stop();
+}
+
+/// Claims the log at one replica in the name of another node, and goes away: what is left of a
+/// claimant that lost.
+async fn claim_and_vanish(cluster: &Cluster, claimant: &str, replica: &str, claim: Claim) {
+    let folder = cluster.node_path(claimant);
+    let text = std::fs::read_to_string(folder.join("sidecar.toml")).unwrap();
+    let config: toml::Table = text.parse().unwrap();
+    let file = |key: &str| folder.join(config["tls"][key].as_str().unwrap());
+    let identity = Identity::load(&file("ca"), &file("certificate"), &file("key")).unwrap();
+    let endpoint = Endpoint::client(&identity, Profile::Auto).unwrap();
+    let text = std::fs::read_to_string(cluster.node_path(replica).join("sidecar.toml")).unwrap();
+    let config: toml::Table = text.parse().unwrap();
+    let address = config["listen"].as_str().unwrap().parse().unwrap();
+    let node: NodeName = replica.parse().unwrap();
+    let connection = endpoint.connect(address, &node).await.unwrap();
+    let (mut sender, mut receiver) = connection.open_stream().await.unwrap();
+    let epoch = claim.epoch;
+    let claim = Frame::encode(&PrimaryMessage::Claim(claim), Bytes::new()).unwrap();
+    sender.send(&[claim]).await.unwrap();
+    loop {
+        let frame = tokio::time::timeout(Duration::from_secs(30), receiver.recv());
+        let frame = frame.await.expect("an answer in time").unwrap();
+        match frame.expect("a frame").message().unwrap() {
+            ReplicaMessage::Promised(promise) if promise.epoch == epoch => return,
+            ReplicaMessage::Rejected { reason, .. } => panic!("{reason:?}"),
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_replica_that_promised_a_claimant_that_lost_comes_back() {
+    // Broken: it refuses the primary for good, which then does not survive the loss of two other
+    // replicas; and commits count on it, and wait in vain.
+    let mut cluster = Cluster::start(ClusterOptions::journals_keep_all());
+    let mut client = Client::open(&cluster.client_config(), 1).await;
+    assert!(is_committed(&client.commit(10_000).await));
+    let name = Path::new(NAME);
+    let before = cluster.wait_level(name, Duration::from_secs(60));
+    let epoch = before["epoch"].as_u64().unwrap() as u32;
+    // The replica knows no connection of the primary's, to say at once that it was taken over.
+    cluster.kill("replica-1");
+    cluster.freeze("primary");
+    cluster.start_node("replica-1");
+    let claim = Claim {
+        database: client.database,
+        name: NAME.to_owned(),
+        epoch: Epoch::new(epoch + 5),
+        claimant: ClaimantId::from_bytes([9; 16]),
+        forced: true,
+    };
+    claim_and_vanish(&cluster, "replica-5", "replica-1", claim).await;
+    cluster.thaw("primary");
+    cluster.wait_for(
+        name,
+        "its epoch is higher",
+        Duration::from_secs(60),
+        |state| state["epoch"].as_u64().unwrap() > u64::from(epoch) + 5,
+    );
+    cluster.wait_level(name, Duration::from_secs(60));
+    for node in ["replica-2", "replica-3"] {
+        cluster.freeze(node);
+    }
+    assert!(is_committed(&client.commit(10_000).await));
     cluster.stop();
 }

@@ -213,6 +213,27 @@ impl Primary {
         true
     }
 
+    /// Whether a member that is connected refuses this epoch: it promised another one to a node
+    /// that did not become the primary. Nothing but [`Self::start_again`] brings it back.
+    pub fn is_refused(&self) -> bool {
+        let refuses = |member: &Member| {
+            let node = self.nodes.get(&member.node);
+            node.is_some_and(|node| node.connected && matches!(node.standing, Standing::Refused(_)))
+        };
+        matches!(self.stage, Stage::Leading { .. }) && self.membership.sets().flatten().any(refuses)
+    }
+
+    /// Claims the next epoch, for the members that refuse this one. Entries are taken again when
+    /// that is opened. `false`, and nothing is done, when none refuses, or an entry is not
+    /// committed yet: it would be given up.
+    pub fn start_again(&mut self, claimant: ClaimantId) -> bool {
+        if !self.is_refused() || self.last.lsn != self.commit_lsn {
+            return false;
+        }
+        self.begin_claim(claimant);
+        true
+    }
+
     /// A membership that another node knows. Gone by when it is newer, as long as no log is chosen.
     pub fn handle_membership(&mut self, membership: &Membership) {
         let open = matches!(self.stage, Stage::Starting { .. } | Stage::Leading { .. });

@@ -747,6 +747,32 @@ fn a_live_primary_stands_in_the_way_until_the_epoch_is_won() {
     );
 }
 
+// If this failed, a replica that promised a claimant that lost would refuse the primary for good,
+// or an entry that is not committed yet would be given up for it.
+#[test]
+fn a_member_that_refuses_the_epoch_is_claimed_again_when_nothing_is_open() {
+    let mut primary = leading();
+    assert!(!primary.start_again(claimant(2)), "none refuses");
+    primary.handle_disconnected(&node("d"));
+    primary.handle_connected(&node("d"));
+    reject(&mut primary, "d", 1, fenced(7));
+    assert!(primary.is_refused());
+    let entry = append(&mut primary);
+    assert!(!primary.start_again(claimant(2)), "an entry is open");
+    for name in ["a", "b", "c"] {
+        ack(&mut primary, name, 1, entry.lsn.get());
+    }
+    assert!(primary.start_again(claimant(2)));
+    assert_eq!(primary.state(), PrimaryState::Claiming);
+    assert_eq!(primary.epoch(), Epoch::new(8), "above what it promised");
+    for name in ["a", "b", "d"] {
+        let promise = promise(&primary, 1, &[(1, 1)], if name == "d" { 1 } else { 2 });
+        send(&mut primary, name, promise);
+    }
+    assert!(!primary.is_refused());
+    assert_eq!(primary.last().lsn, entry.lsn, "nothing is given up");
+}
+
 // If this failed, the old primary would take commits that it cannot carry through.
 #[test]
 fn a_primary_that_is_told_of_its_successor_is_fenced() {

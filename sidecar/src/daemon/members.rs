@@ -27,6 +27,11 @@ const CLAIM_PATIENCE: Duration = Duration::from_millis(500);
 /// A claim that was not won for this long may be made at nodes that were replaced: all nodes are
 /// asked, as often, who the members are.
 const SEARCH_INTERVAL: Duration = Duration::from_secs(1);
+/// Members that refuse the epoch are left so for this long: whom one of them promised another may
+/// be about to become the primary. Doubled with each claim that did not bring them back.
+const REFUSED_PATIENCE: Duration = Duration::from_secs(2);
+/// The most that it is doubled to: a claim holds writes for a moment.
+const MAX_REFUSED_PATIENCE: Duration = Duration::from_secs(64);
 /// Names the search for members in answers; searches for a log count from one.
 const SEARCH_REQUEST: u64 = 0;
 
@@ -41,6 +46,14 @@ pub struct Members {
     /// When the claim under way began.
     claiming_since: Option<Instant>,
     searched_at: Option<Instant>,
+    /// Members refuse the epoch.
+    refused: Option<Refused>,
+}
+
+#[derive(Clone, Copy)]
+struct Refused {
+    since: Instant,
+    patience: Duration,
 }
 
 #[derive(Clone, Copy)]
@@ -70,6 +83,29 @@ impl Members {
     /// Whether the claim under way is a step of a change.
     pub fn is_changing(&self) -> bool {
         self.hold.is_some_and(|hold| hold.claimed)
+    }
+
+    /// Notes whether members refuse the epoch of a log that is open.
+    fn note_refused(&mut self, is_refused: bool, now: Instant) {
+        let first = Refused {
+            since: now,
+            patience: REFUSED_PATIENCE,
+        };
+        self.refused = is_refused.then(|| self.refused.unwrap_or(first));
+    }
+
+    /// Whether the next epoch is to be claimed for those that refuse this one.
+    fn must_claim_again(&self, now: Instant) -> bool {
+        self.refused
+            .is_some_and(|refused| now.duration_since(refused.since) >= refused.patience)
+    }
+
+    /// It was.
+    fn note_claimed_again(&mut self, now: Instant) {
+        if let Some(refused) = &mut self.refused {
+            refused.since = now;
+            refused.patience = (refused.patience * 2).min(MAX_REFUSED_PATIENCE);
+        }
     }
 }
 
@@ -121,7 +157,9 @@ impl Node {
             let peer = self.peers.get(&member.node);
             // While a claim is under way it is not known who they are.
             let progress = db.machine.node_progress(&member.node);
-            let lost = progress.is_some_and(|progress| progress.promised && !progress.counted);
+            let lost = progress.is_some_and(|progress| {
+                progress.refused.is_some() || (progress.promised && !progress.counted)
+            });
             takes && !(db.is_open() && lost) && peer.is_some_and(|peer| peer.is_answering(now))
         };
         if holds_quorum(membership, counts) {
@@ -146,6 +184,7 @@ impl Node {
         };
         if db.is_open() {
             db.note_strangers(now);
+            db.members.note_refused(db.machine.is_refused(), now);
         }
         let too_long = |hold: &Hold| now.duration_since(hold.since) >= HOLD_LIMIT;
         if db.members.hold.as_ref().is_some_and(too_long) {
@@ -155,12 +194,15 @@ impl Node {
         self.try_change(database);
     }
 
-    /// Makes the next step of a change, if one is due and nothing is in flight. Writes wait for it.
+    /// Makes the next step of a change, if one is due and nothing is in flight; or claims the next
+    /// epoch for members that refuse this one. Writes wait for it.
     pub fn try_change(&mut self, database: DatabaseId) {
         let Some(db) = self.primaries.get_mut(&database) else {
             return;
         };
-        let due = db.is_open() && db.machine.next_membership().is_some();
+        let since = Instant::now();
+        let is_step = db.machine.next_membership().is_some();
+        let due = db.is_open() && (is_step || db.members.must_claim_again(since));
         if !due && db.members.hold.is_some_and(|hold| !hold.claimed) {
             return self.release_held(database);
         }
@@ -168,7 +210,6 @@ impl Node {
         if !due || db.streamed.is_some() {
             return;
         }
-        let since = Instant::now();
         let hold = db.members.hold.get_or_insert(Hold {
             since,
             claimed: false,
@@ -177,8 +218,9 @@ impl Node {
             return;
         }
         let claimant = new_claimant();
-        if db.machine.start_change(claimant) {
+        if db.machine.start_change(claimant) || db.machine.start_again(claimant) {
             hold.claimed = true;
+            db.members.note_claimed_again(since);
             db.claimant = claimant;
             db.donor_end = DonorEnd::NONE;
             self.drive_primary(database);

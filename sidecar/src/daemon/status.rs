@@ -152,9 +152,14 @@ impl Node {
         let answering = peer.is_some_and(|peer| peer.is_answering(now));
         let flush_lsn = db.flush_lsn(node);
         let feed = db.feeds.get(node);
+        let refused = db
+            .machine
+            .node_progress(node)
+            .and_then(|progress| progress.refused);
         let state = match feed.map(|feed| &feed.state) {
             _ if !connected => "disconnected".to_owned(),
             _ if !answering => "silent".to_owned(),
+            _ if refused.is_some() => "refusing: it promised the log to another node".to_owned(),
             Some(FeedState::Ready) => "streaming".to_owned(),
             Some(FeedState::Bulk { .. } | FeedState::Settling { .. }) => "catching_up".to_owned(),
             Some(FeedState::Refusing { reason, .. }) => format!("refusing: {reason}"),
