@@ -296,7 +296,7 @@ impl Connection {
         let (send, receive) = stream.map_err(|e| LinkError::connection(&self.peer, &e))?;
         Ok((
             FrameSender::new(send, self.peer.clone()),
-            FrameReceiver::new(receive, self.peer.clone()),
+            FrameReceiver::new(receive, self.peer.clone(), self.inner.clone()),
         ))
     }
 

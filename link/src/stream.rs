@@ -1,6 +1,6 @@
 //! Streams of frames: one direction each, preamble first.
 
-use crate::error::{CODE_DONE, LinkError};
+use crate::error::{CODE_DONE, CODE_REFUSED, LinkError};
 use bytes::Bytes;
 use durovfs_wire::codec::PREAMBLE;
 use durovfs_wire::{Decoder, Frame};
@@ -49,6 +49,13 @@ impl FrameSender {
         written.map_err(|e| LinkError::write(&self.peer, &e))
     }
 
+    /// Sends bytes that need not be a frame, nor begin with the preamble.
+    #[cfg(test)]
+    pub(crate) async fn send_bytes(&mut self, bytes: &[u8]) {
+        let written = self.stream.write_all(bytes).await;
+        written.unwrap_or_else(|error| panic!("{error}"));
+    }
+
     /// Streams with a higher priority send first; all begin with zero.
     pub fn set_priority(&self, priority: i32) {
         // Fails only on a stream that is closed, where it does not matter.
@@ -73,15 +80,21 @@ impl FrameSender {
 pub struct FrameReceiver {
     stream: quinn::RecvStream,
     peer: Arc<str>,
+    connection: quinn::Connection,
     decoder: Decoder,
     ready: VecDeque<Frame>,
 }
 
 impl FrameReceiver {
-    pub(crate) fn new(stream: quinn::RecvStream, peer: Arc<str>) -> Self {
+    pub(crate) fn new(
+        stream: quinn::RecvStream,
+        peer: Arc<str>,
+        connection: quinn::Connection,
+    ) -> Self {
         Self {
             stream,
             peer,
+            connection,
             decoder: Decoder::default(),
             ready: VecDeque::new(),
         }
@@ -120,7 +133,8 @@ impl FrameReceiver {
         let _ = self.stream.stop(CODE_DONE);
     }
 
-    /// Waits for bytes and decodes what is whole; false at the end of the stream.
+    /// Waits for bytes and decodes what is whole; false at the end of the stream. Bytes that are no
+    /// frames end the connection, so that the peer hears why.
     async fn fill(&mut self) -> Result<bool, LinkError> {
         let mut chunks: [Bytes; READ_CHUNKS] = Default::default();
         let read = self.stream.read_chunks(&mut chunks).await;
@@ -130,9 +144,15 @@ impl FrameReceiver {
         for chunk in &chunks[..count] {
             self.decoder.push(chunk);
         }
-        while let Some(frame) = self.decoder.next_frame()? {
-            self.ready.push_back(frame);
+        loop {
+            match self.decoder.next_frame() {
+                Ok(Some(frame)) => self.ready.push_back(frame),
+                Ok(None) => return Ok(true),
+                Err(error) => {
+                    self.connection.close(CODE_REFUSED, error.told().as_bytes());
+                    return Err(error.into());
+                }
+            }
         }
-        Ok(true)
     }
 }

@@ -371,3 +371,36 @@ fn wrong_files_are_named() {
     assert!(load("n1-key.pem", "n1.pem", "n1-key.pem").contains("no certificate"));
     assert!(load("ca.pem", "ca.pem", "ca-key.pem").contains("0 DNS names"));
 }
+
+#[tokio::test]
+async fn another_version_is_refused_in_words_on_both_sides() {
+    // Broken if not: whoever upgrades one program of two finds a number in one log, and in the
+    // other that the connection is lost.
+    let (directory, authority) = cluster();
+    let identity = node(directory.path(), &authority, "n1");
+    let server = Endpoint::bind(ANY_PORT, &identity, Profile::Auto).unwrap();
+    let address = server.local_addr().unwrap();
+    let endpoint = Endpoint::client(
+        &client(directory.path(), &authority, &["**"]),
+        Profile::Auto,
+    )
+    .unwrap();
+    let serving = async {
+        let incoming = server.accept().await.unwrap();
+        let connection = incoming.handshake().await.unwrap();
+        let (_sender, mut receiver) = connection.accept_stream().await.unwrap();
+        receiver.recv().await.unwrap_err().to_string()
+    };
+    let calling = async {
+        let connection = endpoint.connect(address, &name("n1")).await.unwrap();
+        let (mut sender, mut receiver) = connection.open_stream().await.unwrap();
+        sender.send_bytes(b"DUROVFS\x09").await;
+        receiver.recv().await.unwrap_err().to_string()
+    };
+    let both = async { tokio::join!(serving, calling) };
+    let (here, there) = tokio::time::timeout(PATIENCE, both).await.unwrap();
+    assert!(here.contains("it speaks wire version 9"), "{here}");
+    assert!(here.ends_with("upgrade this side"), "{here}");
+    assert!(there.contains("connection refused by n1"), "{there}");
+    assert!(there.ends_with("was spoken to in 9: upgrade it"), "{there}");
+}

@@ -22,6 +22,8 @@ use serde::de::DeserializeOwned;
 pub const PREAMBLE: [u8; 8] = *b"DUROVFS\x02";
 /// Bytes before the body.
 const PREFIX_BYTES: usize = 8;
+/// The version of [`PREAMBLE`].
+const OWN_VERSION: u8 = PREAMBLE[7];
 /// Bytes of the header's length.
 const HEADER_LENGTH_BYTES: usize = 4;
 /// Largest message header. Status reports of a node with many databases are the largest by far.
@@ -36,7 +38,11 @@ pub enum FrameError {
     #[error("stream does not begin with the durovfs preamble")]
     BadPreamble,
     /// The peer speaks another version.
-    #[error("peer speaks protocol version {got}, this node speaks {}", PREAMBLE[7])]
+    #[error(
+        "it speaks wire version {got}, durovfs {} here speaks {OWN_VERSION}: upgrade {}",
+        env!("CARGO_PKG_VERSION"),
+        if *got > OWN_VERSION { "this side" } else { "it" }
+    )]
     UnsupportedVersion {
         /// The peer's.
         got: u8,
@@ -63,6 +69,25 @@ pub enum FrameError {
     /// The header is no message of this protocol.
     #[error("frame header is not a known message")]
     BadMessage,
+}
+
+impl FrameError {
+    /// The same, said to the side that sent it.
+    pub fn told(&self) -> String {
+        match self {
+            Self::UnsupportedVersion { got } => format!(
+                "durovfs {} there speaks wire version {OWN_VERSION}, and was spoken to in {got}: \
+                 upgrade {}",
+                env!("CARGO_PKG_VERSION"),
+                if *got > OWN_VERSION {
+                    "it"
+                } else {
+                    "this side"
+                }
+            ),
+            other => other.to_string(),
+        }
+    }
 }
 
 /// One encoded message: header and payload.
@@ -200,7 +225,7 @@ impl Decoder {
         if got[..7] != PREAMBLE[..7] {
             return Err(FrameError::BadPreamble);
         }
-        if got[7] != PREAMBLE[7] {
+        if got[7] != OWN_VERSION {
             return Err(FrameError::UnsupportedVersion { got: got[7] });
         }
         self.preamble_seen = true;
@@ -245,13 +270,18 @@ mod tests {
     }
 
     #[test]
-    fn another_version_is_refused_by_number() {
-        let mut decoder = Decoder::default();
-        decoder.push(b"DUROVFS\x09");
-        assert_eq!(
-            decoder.next_frame(),
-            Err(FrameError::UnsupportedVersion { got: 9 })
-        );
+    fn another_version_is_refused_with_what_to_do() {
+        for (preamble, got, here, there) in [
+            (b"DUROVFS\x09", 9, "upgrade this side", "upgrade it"),
+            (b"DUROVFS\x01", 1, "upgrade it", "upgrade this side"),
+        ] {
+            let mut decoder = Decoder::default();
+            decoder.push(preamble);
+            let error = decoder.next_frame().unwrap_err();
+            assert_eq!(error, FrameError::UnsupportedVersion { got });
+            assert!(error.to_string().ends_with(here), "{error}");
+            assert!(error.told().ends_with(there), "{}", error.told());
+        }
         let mut decoder = Decoder::default();
         decoder.push(b"HTTP/1.1");
         assert_eq!(decoder.next_frame(), Err(FrameError::BadPreamble));

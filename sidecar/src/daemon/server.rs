@@ -91,10 +91,19 @@ async fn serve_node(
                 events,
                 room,
             };
+            let name = reader.node.clone();
             if let Err(error) = reader.read(receiver).await {
-                tracing::debug!(%error, "a node's stream ended");
+                note_ended(name.as_str(), &error);
             }
         });
+    }
+}
+
+/// A stream ended. Streams do all the time; a peer of another version is to be looked at.
+fn note_ended(peer: &str, error: &LinkError) {
+    match error {
+        LinkError::Protocol(error) => tracing::warn!(peer, %error, "a peer was refused"),
+        error => tracing::debug!(peer, %error, "a stream ended"),
     }
 }
 
@@ -141,9 +150,10 @@ async fn serve_client(
     while let Ok((sender, receiver)) = connection.accept_stream().await {
         let (grant, events, room) = (Rc::clone(&grant), events.clone(), Arc::clone(room));
         tokio::task::spawn_local(async move {
+            let name = grant.name.clone();
             let reader = read_client_stream(session, grant, sender, receiver, &events, &room);
             if let Err(error) = reader.await {
-                tracing::debug!(%error, "a client's stream ended");
+                note_ended(&name, &error);
             }
         });
     }

@@ -292,7 +292,7 @@ impl Driver {
         let (sender, receiver) = match self.collect(commands, greeted).await? {
             Ok(stream) => stream,
             Err(error) => {
-                let error = connection.close_reason().unwrap_or(error);
+                let error = said_by_peer(connection).unwrap_or(error);
                 return Some(Ended::unanswered(error));
             }
         };
@@ -308,7 +308,7 @@ impl Driver {
         };
         self.announce.send_replace(None);
         // What closed the connection says more than what a stream on it noticed.
-        let reason = connection.close_reason();
+        let reason = said_by_peer(connection);
         connection.close("session is over");
         ended.map(|error| Ended {
             error: reason.unwrap_or(error),
@@ -377,6 +377,12 @@ async fn greet(
         Ok(greeted) => greeted,
         Err(_) => Err(LinkError::Lost("the sidecar gives no welcome".to_owned())),
     }
+}
+
+/// Why the connection is gone, unless this side closed it: then what made it do so says more.
+fn said_by_peer(connection: &Connection) -> Option<LinkError> {
+    let reason = connection.close_reason();
+    reason.filter(|reason| *reason != LinkError::Closed)
 }
 
 /// Hands what the sidecar says to the table.
