@@ -22,7 +22,8 @@ use std::time::{Duration, Instant};
 /// signs of life, a dead one when it counts as dead. A random part of as much is added where two
 /// claimants might keep each other from winning.
 const ASK_PAUSE: Duration = Duration::from_millis(250);
-/// How long only the nodes that are known to have replicas are asked.
+/// How long nodes that are not known to have replicas are left alone when the others do not answer,
+/// and how long they are waited for before a name counts as new.
 const FIND_PATIENCE: Duration = Duration::from_secs(1);
 /// Claims that may fail in a row, each with a higher epoch, before whoever waits is told that
 /// another node is the primary. Spread over longer than a dead primary counts as alive.
@@ -110,6 +111,8 @@ struct Answer {
 enum Found {
     /// More answers are needed.
     Open,
+    /// Those that should know do not know the name: all others are to be asked.
+    Unheard,
     /// Nothing stands in the way of a claim of this log; without one, of a new log.
     Free(Option<DatabaseId>, Option<NodeName>),
     /// It cannot be.
@@ -136,8 +139,9 @@ impl Finding {
             .max_by_key(|membership| membership.epoch)
     }
 
-    /// `configured` are those that a log has of which nobody tells the members.
-    fn judge(&self, name: &str, own: &NodeName, configured: &Membership) -> Found {
+    /// `configured` are those that a log has of which nobody tells the members; with `asked_all`
+    /// there is nobody else to wait for.
+    fn judge(&self, name: &str, own: &NodeName, configured: &Membership, asked_all: bool) -> Found {
         let membership = self.membership().unwrap_or(configured);
         let (quorum, replicas) = (membership.ack_quorum, membership.members.len());
         let answers = self.answers.keys();
@@ -156,6 +160,10 @@ impl Finding {
             return unknown(format!("replicas know several logs under {name}: {logs:?}"));
         }
         let Some(log) = logs.first().copied() else {
+            // The list of replicas may be an old one, and the log's members others by now.
+            if !asked_all {
+                return Found::Unheard;
+            }
             return match openings().find_map(|opening| opening.known) {
                 Some(known) => unknown(format!(
                     "the file belongs to log {known}, but no replica knows {name}: moved? open it \
@@ -273,6 +281,10 @@ impl Node {
         if self.findings.values().any(late) {
             self.connect_all();
         }
+        let names: Vec<String> = self.findings.keys().cloned().collect();
+        for name in names {
+            self.judge_finding(name);
+        }
         let nodes: Vec<NodeName> = self.peers.keys().cloned().collect();
         for node in &nodes {
             self.ask_findings(node);
@@ -308,10 +320,32 @@ impl Node {
         finding
             .answers
             .insert(node.clone(), Answer { logs, asked_at });
-        let found = finding.judge(name, &self.config.node, &self.membership);
         let name = name.clone();
+        self.judge_finding(name);
+    }
+
+    /// Goes on as the answers about a name allow.
+    fn judge_finding(&mut self, name: String) {
+        let Some(finding) = self.findings.get(&name) else {
+            return;
+        };
+        let own = &self.config.node;
+        let silent: Vec<&NodeName> = self
+            .peers
+            .keys()
+            .filter(|node| *node != own || self.config.replicas.contains(node))
+            .filter(|node| !finding.answers.contains_key(*node))
+            .collect();
+        let asked_all = silent.is_empty() || finding.began.elapsed() >= FIND_PATIENCE;
+        let found = finding.judge(&name, own, &self.membership, asked_all);
+        if let Found::Free(None, _) = found
+            && !silent.is_empty()
+        {
+            tracing::warn!(%name, not_heard = ?silent, "a new log, unless one of these has it");
+        }
         match found {
             Found::Open => {}
+            Found::Unheard => self.connect_all(),
             Found::Refused(kind, message) => {
                 let waiters = self.findings.remove(&name).map(|finding| finding.waiters);
                 for waiter in waiters.into_iter().flatten() {
@@ -440,5 +474,71 @@ impl PrimaryDatabase {
             last_transaction: self.last_transaction,
             taken_from: self.taken_from.clone().filter(|_| opening.force),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use durovfs_wire::{Epoch, Member};
+
+    const NAME: &str = "app";
+
+    fn node(number: u8) -> NodeName {
+        format!("n{number}").parse().expect("a name")
+    }
+
+    fn membership(numbers: &[u8]) -> Membership {
+        let member = |number: &u8| Member {
+            node: node(*number),
+            address: format!("10.0.0.{number}:4000"),
+            replica: None,
+        };
+        Membership {
+            epoch: Epoch::new(1),
+            generation: 1,
+            ack_quorum: 3,
+            members: numbers.iter().map(member).collect(),
+            next: None,
+        }
+    }
+
+    fn told(members: Option<Membership>) -> Answer {
+        let logs = members.map(|members| FoundLog {
+            database: DatabaseId::from_bytes([7; 16]),
+            primary: None,
+            membership: Some(members),
+        });
+        Answer {
+            logs: logs.into_iter().collect(),
+            asked_at: Instant::now(),
+        }
+    }
+
+    // If this failed, a host whose list of replicas is an old one would begin a second log under a
+    // name whose replicas were all replaced, and open an empty database.
+    #[test]
+    fn a_name_is_new_when_all_nodes_were_asked() {
+        let configured = membership(&[1, 2, 3, 4, 5]);
+        let mut finding = Finding::new(1, Duration::ZERO);
+        for number in [1, 2, 3] {
+            let judged = finding.judge(NAME, &node(9), &configured, false);
+            assert!(matches!(judged, Found::Open), "{number}");
+            finding.answers.insert(node(number), told(None));
+        }
+        let judge =
+            |finding: &Finding, asked_all| finding.judge(NAME, &node(9), &configured, asked_all);
+        assert!(matches!(judge(&finding, false), Found::Unheard));
+        assert!(matches!(judge(&finding, true), Found::Free(None, None)));
+        // One of the others knows it: the log's own members decide from here on.
+        let members = membership(&[4, 5, 6, 7, 8]);
+        finding.answers.insert(node(6), told(Some(members.clone())));
+        assert!(matches!(judge(&finding, true), Found::Open));
+        for number in [4, 7] {
+            finding
+                .answers
+                .insert(node(number), told(Some(members.clone())));
+        }
+        assert!(matches!(judge(&finding, false), Found::Free(Some(_), None)));
     }
 }
