@@ -8,7 +8,7 @@ use durovfs_wire::{Epoch, EpochRun, LogPosition, Lsn};
 /// Two entries of the same epoch and lsn are the same entry, and so are all before them: one
 /// primary per epoch writes them, in order. So two logs are compared run by run, not entry by
 /// entry. A history does not know where the log ends; that is the owner's `last`.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Hash)]
 pub struct History {
     runs: Vec<EpochRun>,
 }

@@ -22,7 +22,7 @@ pub use change::{ReplaceRefused, Replacement};
 
 /// What a node's own journal holds of the log when its primary starts. It is no vote: what the
 /// replicas say overrides it.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Hash)]
 pub struct LocalLog {
     /// Last complete entry.
     pub last: LogPosition,
@@ -39,7 +39,7 @@ pub struct LocalLog {
 }
 
 /// Where a primary stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PrimaryState {
     /// No claim was made yet.
     Idle,
@@ -59,7 +59,7 @@ pub enum PrimaryState {
 }
 
 /// What the driver is to do, in this order.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum PrimaryEffect {
     /// Send a message (a claim).
     Send {
@@ -145,7 +145,7 @@ pub enum PrimaryEffect {
 }
 
 /// What is known of one replica.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct NodeProgress {
     /// It is connected.
     pub connected: bool,
@@ -175,7 +175,7 @@ pub struct NodeProgress {
 /// bounded by the events between two polls.
 ///
 /// Messages of a connection come in order, and none after [`Primary::handle_disconnected`].
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Hash)]
 pub struct Primary {
     database: DatabaseId,
     name: String,
@@ -205,7 +205,7 @@ pub struct Primary {
     effects: VecDeque<PrimaryEffect>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Hash)]
 enum Stage {
     Idle,
     Claiming,
@@ -226,7 +226,7 @@ enum Stage {
 }
 
 /// A burial under way, from its claim to the commit of its epoch start.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Hash)]
 struct Bury {
     /// The epoch that this primary led when it gave the entries up.
     own_epoch: Epoch,
@@ -235,14 +235,14 @@ struct Bury {
 }
 
 /// A step of a change: the membership that the next epoch is to have.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Hash)]
 struct Proposal {
     /// The epoch that was led when it was proposed.
     base: Epoch,
     membership: Membership,
 }
 
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Hash)]
 struct Node {
     connected: bool,
     standing: Standing,
@@ -257,7 +257,7 @@ struct Node {
     flush_lsn: Lsn,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
 enum Standing {
     #[default]
     Asked,

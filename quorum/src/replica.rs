@@ -17,7 +17,7 @@ use durovfs_wire::{
 use std::collections::VecDeque;
 
 /// What a replica's journal holds of a log: read at start, and again after trouble with the disk.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ReplicaState {
     /// Which replica this is.
     pub replica: ReplicaId,
@@ -60,7 +60,7 @@ impl ReplicaState {
 }
 
 /// What is to be done with a part.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum AppendVerdict {
     /// Write it to the journal, after what is named here, and call
     /// [`Replica::handle_part_persisted`] when it is synced. At most one of the two is set.
@@ -77,7 +77,7 @@ pub enum AppendVerdict {
 }
 
 /// What the driver is to do, in this order.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[allow(
     clippy::large_enum_variant,
     reason = "a few at a time, each taken as soon as it is there"
@@ -123,7 +123,7 @@ pub enum ReplicaEffect {
 ///
 /// When the journal could not write, call [`Replica::handle_trouble`], and make a new replica from
 /// what the journal then holds once it writes again.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Hash)]
 pub struct Replica {
     database: DatabaseId,
     replica: ReplicaId,
@@ -157,7 +157,7 @@ pub struct Replica {
     effects: VecDeque<ReplicaEffect>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Hash)]
 struct PendingPromise {
     token: u64,
     from: NodeName,
@@ -167,7 +167,7 @@ struct PendingPromise {
 }
 
 /// Whether the log may lack entries that were acked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Mending {
     /// It lacks none.
     Whole,
@@ -178,7 +178,7 @@ enum Mending {
 }
 
 /// An entry of which parts are still to come.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Hash)]
 struct OpenEntry {
     position: LogPosition,
     previous: LogPosition,

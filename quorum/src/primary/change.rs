@@ -10,7 +10,7 @@ use crate::membership::holds_quorum;
 use durovfs_wire::{ClaimantId, Epoch, LogPosition, Lsn, Member, Membership, NodeName};
 
 /// A replacement that was asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Replacement {
     /// The node whose replica goes.
     pub old: NodeName,

@@ -7,7 +7,7 @@ use durovfs_wire::{Epoch, LogPosition, Lsn, Member, Membership};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What was ever told to be committed, archived or buried.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Hash)]
 pub struct Checker {
     pub committed: BTreeMap<Lsn, Entry>,
     pub archive_lsn: Lsn,

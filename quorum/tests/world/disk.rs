@@ -14,7 +14,7 @@ pub struct Entry {
 }
 
 /// Entries after a base.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Hash)]
 pub struct Log {
     pub base: LogPosition,
     pub entries: BTreeMap<Lsn, Entry>,
@@ -81,7 +81,7 @@ impl Log {
 }
 
 /// A record on its way to a replica's disk.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Hash)]
 pub enum Record {
     Promise {
         token: u64,
@@ -104,7 +104,7 @@ pub enum Record {
 }
 
 /// A replica's disk: what is on it, and what was written but not synced.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Hash)]
 pub struct Disk {
     /// Which replica; another one after its disk was lost.
     pub replica: ReplicaId,

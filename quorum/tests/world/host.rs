@@ -8,7 +8,7 @@ use durovfs_wire::{ClaimantId, Epoch, LogPosition, Lsn, Membership};
 use rand::RngExt;
 use std::collections::{BTreeMap, VecDeque};
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Hash)]
 pub struct Host {
     pub primary: Primary,
     pub log: Log,
@@ -31,14 +31,14 @@ pub struct Host {
     acked: BTreeMap<usize, Lsn>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Hash)]
 pub struct Fetch {
     donor: usize,
     first_lsn: Lsn,
     last: LogPosition,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Hash)]
 struct Feed {
     previous: LogPosition,
     part: u32,

@@ -32,7 +32,7 @@ const HOST_COUNT: usize = 2;
 const MAX_CLAIM_COUNT: usize = 4;
 
 /// What a wrong implementation would do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Fault {
     None,
     /// Two acks commit, two promises win.
@@ -57,7 +57,7 @@ pub enum Fault {
 
 /// What happened, over all seeds: a simulation in which something never happens proves nothing of
 /// it.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Tally {
     pub committed: u64,
     pub opened: u64,
@@ -91,14 +91,14 @@ impl Tally {
 }
 
 /// A message to a replica; an append carries its entry.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Hash)]
 struct ToReplica {
     message: PrimaryMessage,
     entry: Option<Entry>,
 }
 
 /// One connection, both ways in order.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Hash)]
 struct Link {
     up: bool,
     to_replica: VecDeque<ToReplica>,

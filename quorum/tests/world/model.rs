@@ -12,12 +12,11 @@ use super::disk::Disk;
 use super::{Fault, World, node_name};
 use durovfs_quorum::{PrimaryState, Replacement};
 use stateright::{Model, Property};
-use std::fmt::Write;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// How large the world is, and how often each thing may happen in it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Hash)]
 pub struct Bounds {
     /// Replicas of the log.
     pub replicas: usize,
@@ -101,16 +100,6 @@ impl Hash for State {
     }
 }
 
-/// Text of which only the hash is kept.
-struct Hashed(DefaultHasher);
-
-impl Write for Hashed {
-    fn write_str(&mut self, text: &str) -> std::fmt::Result {
-        self.0.write(text.as_bytes());
-        Ok(())
-    }
-}
-
 impl State {
     fn seal(mut self, bounds: &Bounds) -> Self {
         let used = bounds.used_nodes();
@@ -123,20 +112,14 @@ impl State {
             ..
         } = &self.world;
         let links: Vec<_> = links.iter().map(|links| &links[..used]).collect();
+        let nodes = &nodes[..used];
         let Checker {
             committed, buried, ..
         } = checker;
-        // Of the text: the machines need no comparison for the product's sake.
-        let mut text = Hashed(DefaultHasher::new());
-        let written = write!(
-            text,
-            "{hosts:?}{:?}{links:?}{committed:?}{buried:?}{claims:?}{:?}{:?}",
-            &nodes[..used],
-            self.left,
-            self.broken
-        );
-        written.expect("a hash takes all");
-        self.fingerprint = text.0.finish();
+        let mut hasher = DefaultHasher::new();
+        (hosts, nodes, links, committed, buried, claims).hash(&mut hasher);
+        (&self.left, &self.broken).hash(&mut hasher);
+        self.fingerprint = hasher.finish();
         self
     }
 

@@ -6,7 +6,7 @@ use durovfs_quorum::{AppendVerdict, Replica, ReplicaEffect};
 use durovfs_wire::peer::{PrimaryMessage, RejectReason, ReplicaMessage};
 use durovfs_wire::{Lsn, ReplicaId};
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Hash)]
 pub struct Node {
     pub disk: Disk,
     pub replica: Option<Replica>,
