@@ -7,6 +7,7 @@ use durovfs_tests::cluster::{Cluster, ClusterOptions};
 use durovfs_tests::disks::Disk;
 use durovfs_tests::image::{assert_same, image_of};
 use durovfs_tests::leave_out;
+use rustix::process::{Pid, Signal, kill_process};
 use std::path::{Path, PathBuf};
 use std::sync::Barrier;
 use std::time::Duration;
@@ -204,4 +205,72 @@ fn what_was_acked_outlives_the_applications_disk_losing_its_power() {
         std::fs::remove_file(restored).unwrap();
     }
     cluster.stop();
+}
+
+/// Megabytes of the database that is written in place.
+const BIG_MEGABYTES: u64 = 24;
+/// Cuts that must come in the middle of it.
+const CUTS: u64 = 2;
+/// Tries for that: the cut may come too late.
+const TRIES: u64 = 10;
+
+/// Opens a database whose file must be written in place, and takes the power away when some of
+/// that is on the disk. Whether it was not all.
+fn cut_while_opening(cluster: &Cluster, disk: &Disk, file: &Path) -> bool {
+    let mut app = App::spawn(&cluster.client_config());
+    app.begin_opening(file);
+    let half = (BIG_MEGABYTES << 20) / 2;
+    while std::fs::metadata(file).map_or(0, |file| file.len()) < half {
+        std::thread::yield_now();
+    }
+    let pid = Pid::from_raw(app.pid().cast_signed()).expect("a pid");
+    kill_process(pid, Signal::STOP).expect("stop the application");
+    // As the system does by itself when it likes: the file, and not what lies beside it.
+    let synced = std::fs::File::open(file).and_then(|file| file.sync_all());
+    synced.expect("sync the database file");
+    disk.lose_power();
+    drop(app);
+    disk.start_again();
+    let left = std::fs::metadata(file).expect("the file is there").len();
+    left < BIG_MEGABYTES << 20
+}
+
+#[test]
+fn a_power_loss_while_a_file_is_written_from_the_log_leaves_one_that_opens() {
+    // Broken: the file would be like no transaction of the log, and refused until an operator
+    // comes.
+    let scratch = tempfile::tempdir().unwrap();
+    let disk = match Disk::make(scratch.path(), DISK_MEGABYTES) {
+        Ok(disk) => disk,
+        Err(missing) => return leave_out("power cuts while a file is written", &missing),
+    };
+    let mut cluster = Cluster::start(ClusterOptions {
+        replicas: 3,
+        ..ClusterOptions::default()
+    });
+    let file = disk.path().join("big.db");
+    let mut app = App::open(&cluster, &file);
+    app.run("PRAGMA journal_mode=WAL");
+    app.run("CREATE TABLE t (n INTEGER PRIMARY KEY, filling BLOB)");
+    for row in 1..=BIG_MEGABYTES {
+        app.run(&format!(
+            "INSERT INTO t VALUES ({row}, randomblob(1 << 20))"
+        ));
+    }
+    app.close();
+    let mut cuts = 0;
+    for _ in 0..TRIES {
+        for suffix in ["", "-wal", "-shm", "-durovfs"] {
+            let _ = std::fs::remove_file(with(&file, suffix));
+        }
+        cuts += u64::from(cut_while_opening(&cluster, &disk, &file));
+        let mut app = App::open(&cluster, &file);
+        assert_eq!(app.value("PRAGMA integrity_check"), "ok");
+        assert_eq!(app.value("SELECT count(*) FROM t"), BIG_MEGABYTES);
+        app.close();
+        if cuts == CUTS {
+            return cluster.stop();
+        }
+    }
+    panic!("{cuts} cuts came in the middle of {TRIES}: it proves little");
 }

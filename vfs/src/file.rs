@@ -72,6 +72,13 @@ pub trait DatabaseFile: BaseFile {
     /// The file's own result code.
     fn try_lock_exclusive(&self) -> Result<bool, Refusal>;
 
+    /// Takes the shared lock, under which nobody changes the database file but a checkpoint; false
+    /// when somebody holds it exclusively.
+    ///
+    /// # Errors
+    /// The file's own result code.
+    fn try_lock_shared(&self) -> Result<bool, Refusal>;
+
     /// Gives every lock back.
     fn unlock_all(&self);
 

@@ -17,6 +17,7 @@ pub mod error;
 )]
 pub mod ffi;
 pub mod file;
+mod in_use;
 pub mod mark;
 pub mod open;
 pub mod page_table;

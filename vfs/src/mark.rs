@@ -9,6 +9,7 @@
 //! | 0, 512 | 512 each | two slots, written in turn; the valid one of higher sequence counts |
 //! | 1024 | 40 | stamp of the database file: magic, size, inode, change time (s, ns), CRC-32 |
 //! | 1088 | 88 | confirmation: magic, CRC-32 of the rest, client, sequence, flags, last, wal |
+//! | 1280 | 1 | nothing; locked by whoever has the database open (`in_use.rs`) |
 //! | 2048 | up to 6144 | name: length (u16), CRC-32 of the text, text |
 //! | 8192 | 8 per page | page table (`page_table.rs`) |
 //!
@@ -33,6 +34,7 @@
 
 use crate::error::{Refusal, RefusalKind};
 use crate::file::BaseFile;
+use crate::in_use;
 use crate::page_table::PageTable;
 use crate::resolve::way_out;
 use durovfs_wire::wal::{WalChecksum, WalSalts};
@@ -393,6 +395,31 @@ impl Mark {
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(error)) => Err(Refusal::io("lock mark", &self.path, &error)),
         }
+    }
+
+    /// Tells other openers, for as long as it is open, that this one has found the file level.
+    ///
+    /// # Errors
+    /// When the mark cannot be locked.
+    pub(crate) fn hold_in_use(&self) -> Result<(), Refusal> {
+        in_use::hold(&self.file).map_err(|error| Refusal::io("lock mark", &self.path, &error))
+    }
+
+    /// Whether another opener has told so.
+    ///
+    /// # Errors
+    /// When the lock cannot be asked for.
+    pub(crate) fn is_in_use(&self) -> Result<bool, Refusal> {
+        let held = in_use::is_held_by_others(&self.file);
+        held.map_err(|error| Refusal::io("ask for the lock of mark", &self.path, &error))
+    }
+
+    /// Makes all that was written durable.
+    ///
+    /// # Errors
+    /// When it cannot be synced.
+    pub(crate) fn sync(&self) -> Result<(), Refusal> {
+        self.file.sync()
     }
 
     /// Notes how the database file looks now, after a write of ours. A file that looks otherwise at

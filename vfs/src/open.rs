@@ -12,7 +12,8 @@
 //!
 //! Where the client config says `keep_local`, the local file wins instead (`open/keep_local.rs`).
 //!
-//! The first opener does this under SQLite's exclusive lock; who finds the database in use joins.
+//! The first opener does this under SQLite's exclusive lock; who finds the database in use joins
+//! (`open/joining.rs`).
 
 mod following;
 mod joining;
@@ -69,51 +70,40 @@ where
         // Once: whoever takes it back while this one is opening is not fought.
         let force = std::mem::take(&mut takeover);
         let log = open_log(&surroundings, name, known, path, deadline, force)?;
-        if file.try_lock_exclusive()? {
-            let opener = Opener {
-                surroundings: &surroundings,
-                path,
-                name,
-                file: &file,
-                log,
-                held: existing.as_ref().map(|(_, state)| *state),
-            };
+        let opener = Opener {
+            surroundings: &surroundings,
+            path,
+            name,
+            file: &file,
+            log,
+            held: existing.as_ref().map(|(_, state)| *state),
+        };
+        let next = if file.try_lock_exclusive()? {
             // Nobody else is in here now; what was read before the lock may be old.
             let result = opener.run();
             file.unlock_all();
-            match result? {
-                Next::Ready(mark, epoch) => {
-                    return Ok(Connection::new(
-                        surroundings,
-                        path.to_owned(),
-                        mark,
-                        Box::new(file),
-                        (log.database, epoch),
-                    ));
-                }
-                Next::RecoverJournal => file.recover_journal()?,
-                Next::Again => {}
+            result?
+        } else {
+            opener.join(existing)?
+        };
+        match next {
+            Next::Ready(mark, epoch) => {
+                return Ok(Connection::new(
+                    surroundings,
+                    path.to_owned(),
+                    mark,
+                    Box::new(file),
+                    (log.database, epoch),
+                ));
             }
-        } else if let Some((mark, state)) = existing
-            && state.database == log.database
-            && !state.applying
-        {
-            if let Some(refusal) = deferred::lost(surroundings.sink.as_ref(), log.database) {
-                return Err(Refusal::cannot_open(refusal.message));
-            }
-            let (mark, _) = joining::check(&surroundings, name, path, (mark, state))?;
-            return Ok(Connection::new(
-                surroundings,
-                path.to_owned(),
-                mark,
-                Box::new(file),
-                (log.database, log.epoch),
-            ));
+            Next::RecoverJournal => file.recover_journal()?,
+            Next::Again => {}
         }
         std::thread::sleep(BUSY_PAUSE);
         if Instant::now() > deadline {
             return Err(Refusal::cannot_open(format!(
-                "{}: in use by a process without durovfs, or by one that is still opening it",
+                "{}: in use by a process without durovfs, and not as the log's end has it; or by a \
+                 process that is still opening it",
                 path.display()
             )));
         }
@@ -375,6 +365,8 @@ impl Opener<'_> {
     }
 
     fn ready(&self, mark: Mark) -> Result<Next, Refusal> {
+        // While the locks are held under which the file was found level.
+        mark.hold_in_use()?;
         Ok(Next::Ready(mark, self.log.epoch))
     }
 

@@ -186,6 +186,8 @@ pub(crate) struct Applier<'a> {
     mark: &'a mut Mark,
     table: PageTable,
     pub(crate) state: MarkState,
+    /// Pages were written into the database file itself.
+    is_in_place: bool,
     /// Of the file, once it is written in place.
     counter: Option<ChangeCounter>,
 }
@@ -204,6 +206,7 @@ impl<'a> Applier<'a> {
             table: mark.page_table(),
             mark,
             state,
+            is_in_place: false,
             counter: None,
         }
     }
@@ -281,15 +284,23 @@ impl<'a> Applier<'a> {
         }
         self.state.in_flight = None;
         self.mark.write(&self.state)?;
-        self.mark.stamp()
+        self.mark.stamp()?;
+        // Or a loss of power would have all of it fetched and written once more.
+        match self.is_in_place {
+            true => self.mark.sync(),
+            false => Ok(()),
+        }
     }
 
     fn write_in_place(&mut self, transaction: &Transaction<'_>) -> Result<(), Refusal> {
-        if !self.state.applying {
-            // Before the first byte: from here on the file's content is no transaction's.
+        if !self.is_in_place {
+            // On disk before the first byte: from here on the file's content is no transaction's,
+            // and after a loss of power nothing else would tell that it is to be written again.
+            self.is_in_place = true;
             self.state.applying = true;
             self.state.wal = None;
             self.mark.write(&self.state)?;
+            self.mark.sync()?;
         }
         if let Some((wal, _)) = self.wal.take() {
             wal.truncate(0)?;

@@ -133,6 +133,10 @@ impl DatabaseFile for File {
         Ok(false)
     }
 
+    fn try_lock_shared(&self) -> Result<bool, Refusal> {
+        Ok(false)
+    }
+
     fn unlock_all(&self) {}
 
     fn recover_journal(&self) -> Result<(), Refusal> {

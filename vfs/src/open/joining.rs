@@ -1,13 +1,18 @@
-//! Joining others who have the database open: they found out, when they opened it, that it is what
-//! the log says. What somebody wrote since without durovfs stands in the WAL, after the place where
-//! the mark says that it ends.
+//! Joining others who hold locks on the database: those who have it open found out, when they
+//! opened it, that it is what the log says. What somebody wrote since without durovfs stands in the
+//! WAL, after the place where the mark says that it ends.
+//!
+//! Who is still opening it says nothing of the file, and may yet fail; it is waited for. A process
+//! without durovfs says nothing either: beside it the file must be level as it is.
 
-use super::BUSY_PAUSE;
+use super::{BUSY_PAUSE, Next, Opener, committed_end, keep_local, resolution};
 use crate::connection::Surroundings;
+use crate::deferred;
 use crate::error::Refusal;
+use crate::file::BaseFile;
 use crate::mark::{Mark, MarkState, WalPosition, describe, with_suffix};
 use crate::resolve::way_out;
-use crate::survey::committed_after;
+use crate::survey::{Content, WalSurvey, committed_after};
 use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -16,11 +21,72 @@ use std::time::{Duration, Instant};
 /// somebody else's write: between the two writes of a commit of ours there is no wait.
 const FOREIGN_AFTER: Duration = Duration::from_secs(1);
 
+impl Opener<'_> {
+    /// The exclusive lock was not to be had.
+    pub(super) fn join(&self, existing: Option<(Mark, MarkState)>) -> Result<Next, Refusal> {
+        let Some((mark, state)) =
+            existing.filter(|(_, state)| state.database == self.log.database && !state.applying)
+        else {
+            return Ok(Next::Again);
+        };
+        if let Some(refusal) = deferred::lost(self.surroundings.sink.as_ref(), self.log.database) {
+            return Err(Refusal::cannot_open(refusal.message));
+        }
+        if mark.is_in_use()? {
+            let (mark, _) = check(self.surroundings, self.name, self.path, (mark, state))?;
+            return self.ready(mark);
+        }
+        drop(mark);
+        if !self.file.try_lock_shared()? {
+            return Ok(Next::Again);
+        }
+        // Nobody brings the file level now, and nobody writes to it but a checkpoint.
+        let found = self.find_level();
+        self.file.unlock_all();
+        found
+    }
+
+    /// Only processes without durovfs have the database open, or others as far as this one.
+    fn find_level(&self) -> Result<Next, Refusal> {
+        let existing = keep_local::open_mark(self.surroundings, self.path, self.name)?;
+        let (Some((mark, state)), Some(end)) = (existing, self.log.last_transaction) else {
+            return Ok(Next::Again);
+        };
+        let is_open = state.in_flight.is_some() || state.unconfirmed.is_some() || state.applying;
+        let known = state.last.filter(|last| {
+            (last.position, last.checksum) == (end.position, end.commit.checksum)
+                && state.database == self.log.database
+        });
+        let Some(last) = known.filter(|_| !is_open) else {
+            return Ok(Next::Again);
+        };
+        if resolution::pending(self.path)?.is_some() || self.has_hot_journal()? {
+            return Ok(Next::Again);
+        }
+        let wal_file = self.open_wal()?;
+        let survey = match &wal_file {
+            Some(wal) => WalSurvey::read(wal)?,
+            None => None,
+        };
+        let wal = wal_file
+            .as_ref()
+            .map(|wal| wal as &dyn BaseFile)
+            .zip(survey.as_ref());
+        if self.looks_as_marked(&mark, &state, &last, committed_end(wal))? {
+            return self.ready(mark);
+        }
+        match Content::new(self.file, wal)? {
+            Some(content) if content.is_as_marked(&last, &mark.page_table())? => self.ready(mark),
+            _ => Ok(Next::Again),
+        }
+    }
+}
+
 /// Makes sure that nobody wrote to the WAL without durovfs.
 ///
 /// # Errors
 /// A refusal, when somebody did.
-pub(super) fn check(
+fn check(
     surroundings: &Surroundings,
     name: &str,
     path: &Path,

@@ -31,6 +31,19 @@ fn refused(code: c_int, what: &str, path: &Path) -> Refusal {
 }
 
 impl RawFile {
+    /// Takes a lock; none is left when it is not to be had.
+    fn try_lock(&self, level: c_int) -> Result<bool, Refusal> {
+        let code = call!(self.file, xLock, level);
+        if code == sqlite::SQLITE_OK {
+            return Ok(true);
+        }
+        self.unlock_all();
+        match code & 0xff {
+            sqlite::SQLITE_BUSY => Ok(false),
+            _ => Err(refused(code, "lock", &self.path)),
+        }
+    }
+
     fn check(&self, code: c_int, what: &str) -> Result<(), Refusal> {
         match code {
             sqlite::SQLITE_OK => Ok(()),
@@ -119,19 +132,11 @@ impl BaseFile for RawFile {
 
 impl DatabaseFile for RawFile {
     fn try_lock_exclusive(&self) -> Result<bool, Refusal> {
-        for level in [sqlite::SQLITE_LOCK_SHARED, sqlite::SQLITE_LOCK_EXCLUSIVE] {
-            match call!(self.file, xLock, level) {
-                sqlite::SQLITE_OK => {}
-                code => {
-                    self.unlock_all();
-                    return match code & 0xff {
-                        sqlite::SQLITE_BUSY => Ok(false),
-                        _ => Err(refused(code, "lock", &self.path)),
-                    };
-                }
-            }
-        }
-        Ok(true)
+        Ok(self.try_lock_shared()? && self.try_lock(sqlite::SQLITE_LOCK_EXCLUSIVE)?)
+    }
+
+    fn try_lock_shared(&self) -> Result<bool, Refusal> {
+        self.try_lock(sqlite::SQLITE_LOCK_SHARED)
     }
 
     fn unlock_all(&self) {

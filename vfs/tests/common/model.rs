@@ -77,6 +77,7 @@ pub struct ModelSink {
     /// Whether a commit waits for the test.
     waiting: AtomicBool,
     after_open: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    in_place_of_reading: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 pub fn id_of(name: &str) -> DatabaseId {
@@ -104,6 +105,11 @@ impl ModelSink {
     /// What happens between the next answer to an open, and its being heard.
     pub fn after_open(&self, action: impl FnOnce() + Send + 'static) {
         *self.after_open.lock().unwrap() = Some(Box::new(action));
+    }
+
+    /// What happens when the log is read next; the reading fails after it.
+    pub fn in_place_of_reading(&self, action: impl FnOnce() + Send + 'static) {
+        *self.in_place_of_reading.lock().unwrap() = Some(Box::new(action));
     }
 
     /// Returns when a commit waits.
@@ -702,6 +708,14 @@ impl Sink for ModelSink {
         first_lsn: Lsn,
         visit: &mut dyn FnMut(EntryPart) -> Result<(), SinkError>,
     ) -> Result<(), SinkError> {
+        let action = self.in_place_of_reading.lock().unwrap().take();
+        if let Some(action) = action {
+            action();
+            return Err(SinkError {
+                kind: SinkErrorKind::Unreachable,
+                message: "the sidecar was restarted".to_owned(),
+            });
+        }
         let entries: Vec<ModelTransaction> = {
             let state = self.state.lock().unwrap();
             let log = &state.logs[&database];
