@@ -84,7 +84,16 @@ impl Primary {
         }
         self.replacement = Some(wanted);
         self.update_nodes();
+        self.drop_needless_replacement();
         Ok(())
+    }
+
+    /// Gives up a replacement that was made, or of a replica that turned out not to be lost: its
+    /// node came back with the disk that it had.
+    pub(super) fn drop_needless_replacement(&mut self) {
+        if self.is_replacement_over() {
+            self.cancel_replacement();
+        }
     }
 
     /// Gives up a replacement of which no step was made.
@@ -112,13 +121,8 @@ impl Primary {
     /// before. It is fed, and can be made the one that votes by a replacement of the node by
     /// itself.
     pub fn unrecorded(&self) -> impl Iterator<Item = &Member> {
-        self.membership.members.iter().filter(|member| {
-            self.nodes.get(&member.node).is_some_and(|node| {
-                node.standing == Standing::Promised
-                    && node.replica.is_some()
-                    && node.replica != member.replica
-            })
-        })
+        let members = self.membership.members.iter();
+        members.filter(|member| self.is_gone(member))
     }
 
     /// Where a node of the membership, or of the replacement under way, was said to be.
@@ -133,7 +137,7 @@ impl Primary {
     }
 
     /// The membership that may follow now, if a change is under way and its next step is due: the
-    /// replicas that join hold all that is committed.
+    /// replica that joins holds all that is committed, or was lost when it had joined.
     pub fn next_membership(&self) -> Option<Membership> {
         if !matches!(self.stage, Stage::Leading { .. }) || self.bury.is_some() {
             return None;
@@ -155,7 +159,8 @@ impl Primary {
                     ..present.clone()
                 });
             }
-            return self.is_level(joins).then(|| Membership {
+            let may_follow = self.is_level(joins) || self.is_gone(joins);
+            return may_follow.then(|| Membership {
                 generation,
                 members: next.clone(),
                 next: None,
@@ -185,6 +190,16 @@ impl Primary {
             generation,
             next: Some(next.collect()),
             ..present.clone()
+        })
+    }
+
+    /// Whether its node answered as another replica: it lost its journal, and will never be level.
+    /// A change does not wait for it; the node's new replica is brought in by the next one.
+    pub(super) fn is_gone(&self, member: &Member) -> bool {
+        self.nodes.get(&member.node).is_some_and(|node| {
+            node.standing == Standing::Promised
+                && node.replica.is_some()
+                && node.replica != member.replica
         })
     }
 

@@ -6,7 +6,7 @@ use crate::error::ProtocolViolation;
 use crate::history::History;
 use crate::membership::{held_lsn, holds_quorum};
 use durovfs_wire::peer::{PrimaryMessage, Promise, RejectReason, ReplicaMessage};
-use durovfs_wire::{Epoch, LogPosition, Lsn, NodeName, ReplicaId};
+use durovfs_wire::{Epoch, LogPosition, Lsn, Member, NodeName, ReplicaId};
 
 impl Primary {
     /// A replica is connected, or connected anew: it is asked for its promise, and fed when it gave
@@ -165,8 +165,14 @@ impl Primary {
             Lsn::ZERO
         };
         match self.stage {
-            Stage::Claiming => self.choose_log(),
+            Stage::Claiming => {
+                self.choose_log();
+                if matches!(self.stage, Stage::Claiming) {
+                    self.fence_if_hopeless();
+                }
+            }
             Stage::Starting { .. } | Stage::Leading { .. } => {
+                self.drop_needless_replacement();
                 self.start_feed(node);
                 self.count_acks();
             }
@@ -335,11 +341,22 @@ impl Primary {
             state.standing = Standing::Refused(promised);
             state.promise = None;
         }
+        self.fence_if_hopeless();
+    }
+
+    /// Gives the epoch up when so many members refuse it that those left are no quorum. A node that
+    /// answers as another replica than the one that votes is not left.
+    fn fence_if_hopeless(&mut self) {
         let refusal = |node: &NodeName| match self.nodes.get(node)?.standing {
             Standing::Refused(promised) => Some(promised),
             Standing::Asked | Standing::Promised | Standing::Troubled => None,
         };
-        let may_win = holds_quorum(&self.membership, |m| refusal(&m.node).is_none());
+        let undecided = self.membership.is_undecided();
+        let may_vote =
+            |member: &Member| undecided || (member.replica.is_some() && !self.is_gone(member));
+        let may_win = holds_quorum(&self.membership, |member| {
+            refusal(&member.node).is_none() && may_vote(member)
+        });
         let nodes = self.membership.nodes();
         if !may_win && let Some(by) = nodes.into_iter().filter_map(refusal).max() {
             self.fence(by);

@@ -1,13 +1,15 @@
 //! What must hold over all machines at once. Each check is a function with the sentence that it
 //! proves; each panics with what it found.
 
-use super::World;
 use super::settings::{DATABASE_COUNT, Machine, Mutation, REPLICA_COUNT};
+use super::{World, node_index};
 use durovfs_journal::DatabaseState;
+use durovfs_quorum::holds_quorum;
 use durovfs_wire::entry::{CommitHeader, Origin, SlotPages, TransactionSummary};
 use durovfs_wire::peer::ReplicaMessage;
 use durovfs_wire::{
-    DatabaseChecksum, EntryPart, Epoch, LogPosition, Lsn, PageChecksum, PageNo, PartKind,
+    DatabaseChecksum, EntryPart, Epoch, LogPosition, Lsn, Member, Membership, PageChecksum, PageNo,
+    PartKind,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -289,6 +291,12 @@ impl Checker {
         self.facts[database].origins.len()
     }
 
+    /// The epoch of the last committed entry.
+    pub fn newest_decided(&self, database: usize) -> Epoch {
+        let newest = self.facts[database].committed.values().next_back();
+        newest.map_or(Epoch::ZERO, |position| position.epoch)
+    }
+
     /// The last committed entry.
     pub fn commit_lsn(&self, database: usize) -> Lsn {
         let committed = self.facts[database].committed.keys();
@@ -305,6 +313,50 @@ impl Checker {
                 .filter_map(|index| disks[index])
                 .max_by_key(|state| state.last);
             facts.check_has_all(donor, &format!("database {database}, disks {set:05b}"));
+        }
+    }
+
+    /// The same where the five change: whichever disks survive, if recovery takes them for a quorum,
+    /// the log that it would choose from them has all that is committed, or the archive has.
+    fn check_recovery(
+        &self,
+        database: usize,
+        disks: &[Option<&DatabaseState>],
+        configured: &Membership,
+    ) {
+        let facts = &self.facts[database];
+        let members_of = |disk: &Option<&DatabaseState>| {
+            disk.and_then(|state| state.membership.clone())
+                .unwrap_or_else(|| configured.clone())
+        };
+        let told: Vec<Membership> = disks.iter().map(members_of).collect();
+        let votes = |index: usize, member: &Member| {
+            let replica = disks[index].and_then(|state| state.replica);
+            node_index(&member.node) == index && replica.is_some() && member.replica == replica
+        };
+        let mut donors = BTreeMap::new();
+        for chosen in 1..1u32 << disks.len() {
+            let heard = || (0..disks.len()).filter(move |index| chosen >> index & 1 == 1);
+            let newest = heard().max_by_key(|index| told[*index].epoch);
+            let Some(members) = newest.map(|index| &told[index]) else {
+                continue;
+            };
+            let is_heard = |member: &Member| heard().any(|index| votes(index, member));
+            if !holds_quorum(members, is_heard) {
+                continue;
+            }
+            let donor = heard()
+                .filter(|index| members.all_members().any(|member| votes(*index, member)))
+                .max_by_key(|index| disks[*index].map(|state| state.last));
+            if let Some(donor) = donor {
+                donors.entry(donor).or_insert(chosen);
+            }
+        }
+        for (donor, chosen) in donors {
+            facts.check_has_all(
+                disks[donor],
+                &format!("database {database}, disks {chosen:b}"),
+            );
         }
     }
 
@@ -427,6 +479,7 @@ impl World {
         );
         *told = epoch;
         if let Some(claimant) = claimant {
+            self.ever_promised[database] = true;
             let told = (database, epoch, claimant);
             self.nodes[node].told_promises.push(told);
         }
@@ -466,9 +519,14 @@ impl World {
                 .iter()
                 .map(|states| states.get(&database))
                 .collect();
-            self.checker.check_nothing_lost(database, &disks);
+            match self.settings.has_changes() {
+                true => self
+                    .checker
+                    .check_recovery(database, &disks, &self.configured()),
+                false => self.checker.check_nothing_lost(database, &disks),
+            }
         }
-        for node in 0..REPLICA_COUNT {
+        for node in 0..self.nodes.len() {
             self.check_replica(node);
         }
     }
@@ -516,7 +574,7 @@ impl World {
             let mut compared =
                 self.checker
                     .check_replay(database, "archive", Lsn::new(1), archived);
-            for node in 0..REPLICA_COUNT {
+            for node in 0..self.nodes.len() {
                 let Some((first_lsn, parts)) = self.node_entries(node, database) else {
                     continue;
                 };

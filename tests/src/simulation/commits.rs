@@ -2,12 +2,12 @@
 //! unknown. The order of things is the daemon's.
 
 use super::World;
-use super::database_id;
 use super::settings::{Micros, Mutation};
+use super::{database_id, node_index};
 use bytes::Bytes;
-use durovfs_quorum::PrimaryState;
+use durovfs_quorum::{PrimaryState, holds_quorum};
 use durovfs_wire::entry::{CommitHeader, Origin, TransactionSummary};
-use durovfs_wire::{EntryPart, LogPosition, Lsn, PartHeader, PartKind};
+use durovfs_wire::{EntryPart, LogPosition, Lsn, Member, PartHeader, PartKind};
 
 use super::host::Pending;
 
@@ -71,7 +71,10 @@ impl World {
         database: usize,
         request: &Request,
     ) -> Result<LogPosition, Outcome> {
-        let answering = self.answering(host);
+        let is_answering: Vec<bool> = self.network.links[host]
+            .iter()
+            .map(|link| link.connection.is_some())
+            .collect();
         let Some(serving) = self.hosts[host].serving(database) else {
             return Err(Outcome::NotCommitted);
         };
@@ -83,7 +86,10 @@ impl World {
         if matches!(serving.machine.state(), PrimaryState::Fenced { .. }) {
             return Err(Outcome::NotPrimary);
         }
-        if answering < serving.machine.membership().ack_quorum || !serving.is_open() {
+        let counts = |member: &Member| is_answering[node_index(&member.node)];
+        // Writes wait for a step of a change; here they are refused at once.
+        let is_held = serving.held_since.is_some();
+        if !holds_quorum(serving.machine.membership(), counts) || !serving.is_open() || is_held {
             return Err(Outcome::NotCommitted);
         }
         let lsn = serving.machine.next_lsn().ok_or(Outcome::NotCommitted)?;
@@ -105,14 +111,6 @@ impl World {
             return Err(Outcome::Behind);
         }
         Ok(LogPosition::new(serving.machine.epoch(), lsn))
-    }
-
-    fn answering(&self, host: usize) -> usize {
-        let links = &self.network.links[host];
-        links
-            .iter()
-            .filter(|link| link.connection.is_some())
-            .count()
     }
 
     fn send_commit(

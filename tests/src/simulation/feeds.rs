@@ -2,7 +2,7 @@
 
 use super::World;
 use super::network::SHARED;
-use super::settings::{Mutation, REPLICA_COUNT};
+use super::settings::Mutation;
 use super::{database_id, node_name};
 use bytes::Bytes;
 use durovfs_wire::peer::{PrimaryMessage, RejectReason, ReplicaMessage};
@@ -92,7 +92,7 @@ impl World {
         message: &PrimaryMessage,
         payload: &Bytes,
     ) {
-        for node in 0..REPLICA_COUNT {
+        for node in 0..self.nodes.len() {
             // A full queue is no error: the entry is read from the journal when there is room.
             let full = self.chance(2);
             let connected = self.network.links[host][node].connection.is_some();
@@ -110,7 +110,7 @@ impl World {
     }
 
     pub(super) fn pump_feeds(&mut self, host: usize, database: usize) {
-        for node in 0..REPLICA_COUNT {
+        for node in 0..self.nodes.len() {
             self.pump_feed(host, database, node);
         }
     }
@@ -194,7 +194,7 @@ impl World {
     /// Tries feeds again that were refused, and moves those that found a queue full.
     pub(super) fn tick_feeds(&mut self, host: usize, database: usize) {
         let retries = self.chance(20);
-        for node in 0..REPLICA_COUNT {
+        for node in 0..self.nodes.len() {
             let Some(serving) = self.hosts[host].serving(database) else {
                 return;
             };
@@ -211,7 +211,7 @@ impl World {
         }
         if self.asks_again && self.chance(4) {
             // Where single messages are lost, somebody has to ask again.
-            let node = self.rng.below(REPLICA_COUNT as u64) as usize;
+            let node = self.rng.below(self.nodes.len() as u64) as usize;
             if let Some(serving) = self.hosts[host].serving(database) {
                 serving.machine.restart_feed(&node_name(node));
                 self.drive(host, database);
@@ -233,7 +233,7 @@ impl World {
             commit_lsn: serving.machine.commit_lsn(),
             archive_lsn: serving.machine.archive_lsn(),
         };
-        for node in 0..REPLICA_COUNT {
+        for node in 0..self.nodes.len() {
             let ready = self.hosts[host]
                 .serving(database)
                 .is_some_and(|serving| serving.feeds[node].state == FeedState::Ready);

@@ -8,7 +8,9 @@ use super::World;
 use super::feeds::{Feed, Fetch};
 use super::node::{journal_options, states_on};
 use super::schedule::Event;
-use super::settings::{DATABASE_COUNT, Machine, Micros, Mutation, REPLICA_COUNT, Tear};
+use super::settings::{
+    DATABASE_COUNT, Machine, Micros, Mutation, NODE_COUNT_MAX, REPLICA_COUNT, Tear,
+};
 use super::{database_id, database_index, node_index, node_name};
 use bytes::Bytes;
 use durovfs_journal::disk::memory::MemoryDisk;
@@ -85,10 +87,17 @@ pub struct Serving {
     /// Commits whose outcome is open, in the log's order.
     pub pending: VecDeque<Pending>,
     pub last_transaction: Option<TransactionSummary>,
-    donor_end: DonorEnd,
+    pub donor_end: DonorEnd,
     own_trouble: bool,
-    claimant: ClaimantId,
+    pub claimant: ClaimantId,
     claim_at: Option<Micros>,
+    /// When the claim under way was first looked at, and when members were searched last, local time.
+    pub claiming_since: Option<Micros>,
+    pub searched_at: Micros,
+    /// Commits are refused since then, for a step of a change.
+    pub held_since: Option<Micros>,
+    /// Nodes whose replica is not the recorded one, and since when.
+    pub strangers: BTreeMap<NodeName, Micros>,
     /// When replicas that refused the epoch are asked again.
     ask_refused_at: Micros,
     pub settled: BTreeMap<ClientId, u64>,
@@ -137,7 +146,15 @@ impl Host {
 }
 
 impl Serving {
-    fn new(database: usize, membership: Membership, state: Option<&DatabaseState>) -> Self {
+    /// With the members that the own journal noted, unless somebody told newer ones: as in the
+    /// daemon.
+    fn new(database: usize, told: Membership, state: Option<&DatabaseState>) -> Self {
+        let noted = state.and_then(|state| state.membership.clone());
+        let membership = noted.filter(|noted| noted.epoch >= told.epoch);
+        Self::of_members(database, membership.unwrap_or(told), state)
+    }
+
+    fn of_members(database: usize, membership: Membership, state: Option<&DatabaseState>) -> Self {
         let local = state.map_or_else(LocalLog::default, |state| LocalLog {
             last: state.last,
             first_lsn: state.first_lsn,
@@ -156,7 +173,7 @@ impl Serving {
             written_lsn,
             own_writes: 0,
             epoch_start: None,
-            feeds: (0..REPLICA_COUNT).map(|_| Feed::stopped()).collect(),
+            feeds: vec![Feed::stopped(); NODE_COUNT_MAX],
             fetch: None,
             pending: VecDeque::new(),
             last_transaction: state.and_then(|state| state.last_transaction),
@@ -164,6 +181,10 @@ impl Serving {
             own_trouble: false,
             claimant: ClaimantId::from_bytes([0; 16]),
             claim_at: None,
+            claiming_since: None,
+            searched_at: 0,
+            held_since: None,
+            strangers: BTreeMap::new(),
             ask_refused_at: 0,
             settled: BTreeMap::new(),
             told_lsn,
@@ -189,7 +210,8 @@ impl Serving {
 }
 
 impl World {
-    pub(super) fn membership(&self) -> Membership {
+    /// As every node is configured: the first five.
+    pub(super) fn configured(&self) -> Membership {
         Membership {
             epoch: Epoch::ZERO,
             generation: 1,
@@ -232,7 +254,7 @@ impl World {
                 return;
             }
         };
-        let membership = self.membership();
+        let membership = self.configured();
         let servings = states
             .iter()
             .map(|state| {
@@ -250,7 +272,7 @@ impl World {
             notices: Arc::default(),
             write_scheduled: false,
         });
-        for node in 0..REPLICA_COUNT {
+        for node in 0..self.nodes.len() {
             self.connect(host, node);
         }
         for state in &states {
@@ -290,10 +312,9 @@ impl World {
 
     /// The database's serving, made if this host never had one.
     pub(super) fn ensure_serving(&mut self, host: usize, database: usize) {
-        let membership = self.membership();
-        // What a search for the log's name at a quorum would find.
-        let promises = self.nodes.iter().flat_map(|node| &node.told_promises);
-        let known = promises.into_iter().any(|(of, _, _)| *of == database);
+        // What a search for the log's name would find.
+        let known = self.ever_promised[database];
+        let membership = self.found_members(host, database);
         let Some(running) = &mut self.hosts[host].up else {
             return;
         };
@@ -309,18 +330,21 @@ impl World {
         self.begin_claim(host, database);
     }
 
-    /// Tells a new machine who is connected.
+    /// Tells a machine which nodes are connected that it takes for not connected.
     fn introduce(&mut self, host: usize, database: usize) {
-        for node in 0..REPLICA_COUNT {
+        for node in 0..self.nodes.len() {
+            let name = node_name(node);
             if self.network.links[host][node].connection.is_some()
                 && let Some(serving) = self.hosts[host].serving(database)
+                && let Some(progress) = serving.machine.node_progress(&name)
+                && !progress.connected
             {
-                serving.machine.handle_connected(&node_name(node));
+                serving.machine.handle_connected(&name);
             }
         }
     }
 
-    fn claimant(&mut self) -> ClaimantId {
+    pub(super) fn claimant(&mut self) -> ClaimantId {
         let (high, low) = (self.rng.next_number(), self.rng.next_number());
         ClaimantId::from_bytes((u128::from(high) << 64 | u128::from(low)).to_le_bytes())
     }
@@ -461,9 +485,9 @@ impl World {
                 first_lsn,
                 last,
             } => self.begin_fetch(host, database, node_index(&donor), first_lsn, last),
-            // The five stay the five in this world.
-            PrimaryEffect::NodesChanged => {}
+            PrimaryEffect::NodesChanged => self.introduce(host, database),
             PrimaryEffect::NoteMembership { membership } => {
+                self.note_members(host, database, &membership);
                 let database_id = database_id(database);
                 let record = Record::Membership {
                     database: database_id,
@@ -567,6 +591,7 @@ impl World {
             self.tick_pending(host, database, local);
             self.tick_claims(host, database, local);
             self.tick_refused(host, database, local);
+            self.tick_members(host, database, local);
             self.tick_feeds(host, database);
             self.tell_progress(host, database);
             self.drive(host, database);
@@ -635,7 +660,23 @@ impl World {
 
     /// The own journal failed: the machine begins again from what it holds.
     fn restart_primary(&mut self, host: usize, database: usize) {
-        let membership = self.membership();
+        let told = self.configured();
+        self.rebuild(host, database, |state| Serving::new(database, told, state));
+    }
+
+    /// The machine begins again with members of somebody's choice: a mutation.
+    pub(super) fn restart_with(&mut self, host: usize, database: usize, members: Membership) {
+        self.rebuild(host, database, |state| {
+            Serving::of_members(database, members, state)
+        });
+    }
+
+    fn rebuild(
+        &mut self,
+        host: usize,
+        database: usize,
+        build: impl FnOnce(Option<&DatabaseState>) -> Serving,
+    ) {
         let who = (Machine::Host(host), self.hosts[host].life, database);
         self.checker.forget_ladder(who);
         let Some(running) = &mut self.hosts[host].up else {
@@ -646,7 +687,7 @@ impl World {
         let Some(old) = running.servings.remove(&database) else {
             return;
         };
-        let mut serving = Serving::new(database, membership, state.as_ref());
+        let mut serving = build(state.as_ref());
         serving.pending = old.pending;
         serving.settled = old.settled;
         serving.own_writes = old.own_writes;

@@ -1,10 +1,8 @@
-//! What goes wrong, and when: drawn by the weights of the run, or scripted.
+//! What goes wrong, and when: drawn by the weights of the run. What is scripted is in `scripts.rs`.
 
 use super::World;
 use super::schedule::Event;
-use super::settings::{
-    DATABASE_COUNT, HOST_COUNT, Machine, Micros, Mutation, REPLICA_COUNT, Tear, Weights,
-};
+use super::settings::{DATABASE_COUNT, HOST_COUNT, Machine, Micros, Tear, Weights};
 
 /// Longest trouble of one kind.
 const TROUBLE_MAX: Micros = 1_500_000;
@@ -54,6 +52,8 @@ impl World {
             clock_jump,
             application,
             takeover,
+            replace,
+            lose_disk,
         } = self.settings.weights;
         let kinds: [(u64, Kind); 14] = [
             (cut, Self::mischief_cut),
@@ -77,6 +77,9 @@ impl World {
                 what(self);
             }
         }
+        if self.settings.has_changes() {
+            self.mischief_members(replace, lose_disk);
+        }
         self.schedule.after(50_000, Event::Mischief);
     }
 
@@ -90,7 +93,7 @@ impl World {
     }
 
     fn mischief_cut(&mut self) {
-        let (host, node) = (self.pick(HOST_COUNT), self.pick(REPLICA_COUNT));
+        let (host, node) = (self.pick(HOST_COUNT), self.pick(self.nodes.len()));
         let lasts = self.lasts();
         self.cut_link(host, node, lasts);
     }
@@ -98,10 +101,10 @@ impl World {
     fn mischief_partition(&mut self) {
         let host = self.pick(HOST_COUNT);
         let lasts = self.lasts();
-        let first = self.pick(REPLICA_COUNT);
-        let count = 2 + self.pick(REPLICA_COUNT - 1);
+        let first = self.pick(self.nodes.len());
+        let count = 2 + self.pick(self.nodes.len() - 1);
         for index in 0..count {
-            self.cut_link(host, (first + index) % REPLICA_COUNT, lasts);
+            self.cut_link(host, (first + index) % self.nodes.len(), lasts);
         }
     }
 
@@ -109,27 +112,23 @@ impl World {
         let host = self.pick(HOST_COUNT);
         let direction = self.pick(2);
         let lasts = self.lasts();
-        let first = self.pick(REPLICA_COUNT);
-        let count = 1 + self.pick(REPLICA_COUNT);
+        let first = self.pick(self.nodes.len());
+        let count = 1 + self.pick(self.nodes.len());
         for index in 0..count {
-            self.silence(host, (first + index) % REPLICA_COUNT, direction, lasts);
+            self.silence(host, (first + index) % self.nodes.len(), direction, lasts);
         }
     }
 
     fn mischief_node(&mut self, power: bool) {
-        let node = self.pick(REPLICA_COUNT);
+        let node = self.pick(self.nodes.len());
         if !self.nodes[node].is_up() {
             return;
         }
-        if power && self.settings.mutation == Mutation::EmptyDiskVotes {
-            self.empty_node(node);
-        } else {
-            self.crash_node(node, power);
-        }
+        self.crash_node(node, power);
     }
 
     fn mischief_power_all(&mut self) {
-        for node in 0..REPLICA_COUNT {
+        for node in 0..self.nodes.len() {
             if self.nodes[node].is_up() {
                 self.crash_node(node, true);
             }
@@ -149,7 +148,7 @@ impl World {
     }
 
     fn mischief_disk_error(&mut self) {
-        let node = self.pick(REPLICA_COUNT);
+        let node = self.pick(self.nodes.len());
         let after = self.rng.below(12);
         self.troubled.push(Machine::Node(node));
         self.nodes[node].disk.fail_after(after);
@@ -163,7 +162,7 @@ impl World {
     }
 
     fn mischief_disk_full(&mut self) {
-        let node = self.pick(REPLICA_COUNT);
+        let node = self.pick(self.nodes.len());
         let room = self.rng.below(ROOM_BYTES);
         self.troubled.push(Machine::Node(node));
         self.nodes[node].disk.limit_room(Some(room));
@@ -189,7 +188,7 @@ impl World {
     }
 
     /// From now on this host wants the database, and perhaps the other one as well.
-    fn take_over(&mut self, host: usize, database: usize) {
+    pub(super) fn take_over(&mut self, host: usize, database: usize) {
         for other in 0..HOST_COUNT {
             let both = other != host && self.chance(25);
             self.apps[other][database].wants_open &= both;
@@ -200,33 +199,5 @@ impl World {
         }
         self.ensure_serving(host, database);
         self.claim_now(host, database);
-    }
-
-    /// The fixed scenario: commits, a partition with burials, a takeover, replicas that restart.
-    pub(super) fn script(&mut self, step: usize) {
-        let next = match step {
-            0 => {
-                (0..3).for_each(|node| self.cut_link(0, node, 120_000));
-                200_000
-            }
-            1 => {
-                self.crash_node(4, false);
-                100_000
-            }
-            2 => {
-                self.take_over(1, 0);
-                150_000
-            }
-            3 => {
-                self.crash_host(0, true);
-                100_000
-            }
-            4 => {
-                self.crash_node(2, true);
-                100_000
-            }
-            _ => return,
-        };
-        self.schedule.after(next, Event::Script { step: step + 1 });
     }
 }

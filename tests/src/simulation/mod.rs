@@ -8,6 +8,7 @@
 //! checked, and how to run it.
 
 mod application;
+mod changes;
 mod checker;
 mod commits;
 mod feeds;
@@ -16,10 +17,11 @@ mod mischief;
 mod network;
 mod node;
 mod schedule;
+mod scripts;
 mod settings;
 pub mod suites;
 
-pub use settings::{Machine, Mutation, PowerCut, Settings, Tally, Tear, Tooth};
+pub use settings::{Machine, Mutation, PowerCut, Script, Settings, Tally, Tear, Tooth};
 
 use crate::seed::Seeded;
 use application::Application;
@@ -66,6 +68,8 @@ struct World {
     next_stream: u64,
     /// Claims are forced until then: an operator wants another host.
     forced_until: Micros,
+    /// Databases that some replica has promised an epoch of.
+    ever_promised: [bool; DATABASE_COUNT],
     /// Machines whose disk was told to fail.
     troubled: Vec<Machine>,
     healing: bool,
@@ -159,9 +163,12 @@ impl World {
             rng,
             schedule: Schedule::default(),
             trace: Trace::new(settings.verbose),
-            network: Network::new(),
-            nodes: (0..REPLICA_COUNT).map(|_| Node::new()).collect(),
+            network: Network::new(REPLICA_COUNT + settings.spare_count),
+            nodes: (0..REPLICA_COUNT + settings.spare_count)
+                .map(|_| Node::new())
+                .collect(),
             hosts: clocks.into_iter().map(Host::new).collect(),
+            ever_promised: [false; DATABASE_COUNT],
             apps: Vec::new(),
             checker: Checker::new(),
             answering: BTreeMap::new(),
@@ -209,7 +216,7 @@ impl World {
         );
         self.check_all();
         self.check_images();
-        for node in 0..REPLICA_COUNT {
+        for node in 0..self.nodes.len() {
             let ended = (Machine::Node(node), self.nodes[node].life);
             self.barriers
                 .push((ended, self.nodes[node].disk.barrier_count()));
@@ -228,7 +235,7 @@ impl World {
     }
 
     fn begin(&mut self) {
-        for node in 0..REPLICA_COUNT {
+        for node in 0..self.nodes.len() {
             self.start_node(node);
         }
         for host in 0..HOST_COUNT {
@@ -246,14 +253,9 @@ impl World {
         }
         self.schedule.after(CHECK_INTERVAL, Event::Check);
         self.schedule.after(50_000, Event::Mischief);
-        if self.is_scripted() {
+        if self.settings.script.is_some() {
             self.schedule.after(100_000, Event::Script { step: 0 });
         }
-    }
-
-    /// Whether nothing is left to chance but delays.
-    fn is_scripted(&self) -> bool {
-        self.settings.duration < 1_000_000
     }
 
     fn run_until(&mut self, done: impl Fn(&Self) -> bool) {
@@ -333,10 +335,11 @@ impl World {
     /// Everything works again, and one host wants each database.
     fn heal(&mut self) {
         self.healing = true;
+        self.resting = false;
         self.heal_network();
         self.forced_until = Micros::MAX;
         self.settings.message_loss = 0;
-        for node in 0..REPLICA_COUNT {
+        for node in 0..self.nodes.len() {
             self.nodes[node].disk.limit_room(None);
             self.start_node(node);
         }
@@ -361,8 +364,8 @@ impl World {
         })
     }
 
-    /// All five replicas have the whole of every log that is not archived, and nobody waits for an
-    /// outcome.
+    /// All replicas have the whole of every log that is not archived, no change of them is under way
+    /// or due, and nobody waits for an outcome.
     fn is_level(&self) -> bool {
         (0..DATABASE_COUNT).all(|database| {
             let host = database % HOST_COUNT;
@@ -372,10 +375,15 @@ impl World {
                 let last_lsn = serving.machine.last().lsn;
                 // What is archived is not sent to a replica that lacks it, until there is more.
                 let archived = serving.machine.archive_lsn() == last_lsn;
+                let mut members = serving.machine.membership().all_members();
                 serving.is_open()
                     && serving.pending.is_empty()
-                    && (0..REPLICA_COUNT)
-                        .all(|node| archived || self.node_is_level(node, database, last_lsn))
+                    && serving.machine.replacement_under_way().is_none()
+                    && serving.machine.unrecorded().next().is_none()
+                    && members.all(|member| {
+                        let node = node_index(&member.node);
+                        archived || self.node_is_level(node, database, last_lsn)
+                    })
             })
         })
     }
@@ -396,6 +404,11 @@ impl World {
                     serving.machine.last(),
                     serving.machine.commit_lsn(),
                     serving.machine.progress().collect::<Vec<_>>()
+                ));
+                lines.push(format!(
+                    "  {:?}, under way: {:?}",
+                    serving.machine.membership(),
+                    serving.machine.replacement_under_way()
                 ));
                 lines.push(format!("  {:?}", self.apps[host][*database]));
             }

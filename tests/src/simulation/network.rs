@@ -3,7 +3,7 @@
 
 use super::World;
 use super::schedule::Event;
-use super::settings::{HOST_COUNT, Micros, REPLICA_COUNT};
+use super::settings::{HOST_COUNT, Micros};
 use bytes::Bytes;
 use durovfs_wire::peer::{PrimaryMessage, ReplicaMessage};
 use std::collections::BTreeMap;
@@ -44,8 +44,8 @@ pub struct Network {
 }
 
 impl Network {
-    pub fn new() -> Self {
-        let row = || (0..REPLICA_COUNT).map(|_| Link::default()).collect();
+    pub fn new(node_count: usize) -> Self {
+        let row = || (0..node_count).map(|_| Link::default()).collect();
         Self {
             links: (0..HOST_COUNT).map(|_| row()).collect(),
             connections: BTreeMap::new(),
@@ -238,7 +238,7 @@ impl World {
     /// A host is gone: what it sent may still arrive.
     pub(super) fn drop_host_connections(&mut self, host: usize) {
         let now = self.schedule.now;
-        for node in 0..REPLICA_COUNT {
+        for node in 0..self.nodes.len() {
             let Some(id) = self.network.links[host][node].connection.take() else {
                 continue;
             };
@@ -252,7 +252,7 @@ impl World {
     /// Every link works again.
     pub(super) fn heal_network(&mut self) {
         for host in 0..HOST_COUNT {
-            for node in 0..REPLICA_COUNT {
+            for node in 0..self.nodes.len() {
                 let link = &mut self.network.links[host][node];
                 link.cut_until = 0;
                 link.held = [0; 2];

@@ -197,11 +197,12 @@ impl World {
         self.schedule.after(after, Event::Start { machine });
     }
 
-    /// A replica that lost its disk comes back as if nothing had happened: a mutation.
+    /// A replica loses its power, and its disk with it: the next process finds an empty one.
     pub(super) fn empty_node(&mut self, node: usize) {
         self.crash_node(node, true);
         self.nodes[node].disk = MemoryDisk::default();
         self.nodes[node].told_epochs = [Epoch::ZERO; DATABASE_COUNT];
+        self.nodes[node].told_promises.clear();
     }
 
     pub(super) fn node_write(&mut self, node: usize, life: u64) {

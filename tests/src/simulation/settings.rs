@@ -6,8 +6,12 @@ use crate::seed::Seeded;
 /// Virtual time, microseconds.
 pub type Micros = u64;
 
-/// Replicas of every database.
+/// Replicas of every database, and the nodes that a database begins with.
 pub const REPLICA_COUNT: usize = 5;
+/// Further nodes of a run in which replicas are replaced.
+const SPARE_COUNT: usize = 2;
+/// Nodes of a run, at most.
+pub const NODE_COUNT_MAX: usize = REPLICA_COUNT + SPARE_COUNT;
 /// Machines with applications; each wants to be primary of every database.
 pub const HOST_COUNT: usize = 2;
 /// Databases; all share the journals.
@@ -36,6 +40,8 @@ pub enum Mutation {
     UnknownIsNotCommitted,
     /// A replica that lost its disk comes back empty, under the identity it had.
     EmptyDiskVotes,
+    /// A replica is replaced in one step: no quorum of the old ones is needed for it.
+    NoJointPhase,
     /// Replicas drop what is committed before it is archived.
     DropBeforeArchived,
     /// The client's question after a broken connection is answered while the entry is open.
@@ -44,7 +50,7 @@ pub enum Mutation {
 
 impl Mutation {
     /// All mistakes.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::AckBeforeSync,
         Self::LyingDisks,
         Self::PromiseNotPersisted,
@@ -53,6 +59,7 @@ impl Mutation {
         Self::QuorumOfTwo,
         Self::UnknownIsNotCommitted,
         Self::EmptyDiskVotes,
+        Self::NoJointPhase,
         Self::DropBeforeArchived,
         Self::ResolveIgnoresOpenEntry,
     ];
@@ -64,6 +71,22 @@ impl Mutation {
     }
 }
 
+/// What happens in a run that leaves nothing to chance but delays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Script {
+    /// Commits, a partition with burials, a takeover, replicas that restart, one that is replaced.
+    Everything,
+    /// A replica that promised another host loses its power, and is reached by the old primary
+    /// alone when it is back.
+    PromiserRestarts,
+    /// A replica is replaced while a quorum of the old ones is out of reach, and takes part in
+    /// another host's claim.
+    OldQuorumIsUnaware,
+}
+
+/// Seeds within which a scripted mistake must be seen: what it needs is one order of a few events.
+const SCRIPTED_SEEDS: u64 = 60;
+
 /// A mistake that must be seen in every test run, and by what.
 #[derive(Debug, Clone, Copy)]
 pub struct Tooth {
@@ -73,6 +96,8 @@ pub struct Tooth {
     pub finding: &'static str,
     /// It is seen within so many seeds, from 0 on.
     pub within: u64,
+    /// What happens, where chance hardly makes it happen.
+    pub script: Option<Script>,
 }
 
 impl Tooth {
@@ -81,11 +106,27 @@ impl Tooth {
             mutation,
             finding,
             within,
+            script: None,
+        }
+    }
+
+    const fn scripted(mutation: Mutation, finding: &'static str, script: Script) -> Self {
+        Self {
+            script: Some(script),
+            ..Self::new(mutation, finding, SCRIPTED_SEEDS)
+        }
+    }
+
+    /// The run of a seed, without the mistake.
+    pub fn settings(&self, seed: u64) -> Settings {
+        match self.script {
+            None => Settings::of_seed(seed),
+            Some(script) => Settings::scripted(script, seed),
         }
     }
 
     /// All. Mistakes that are not among them are rare: `docs/verification.md` tells of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 11] = [
         Self::new(Mutation::AckBeforeSync, "is lost; the log ends at", 20),
         Self::new(Mutation::LyingDisks, "is lost; the log ends at", 20),
         Self::new(
@@ -105,6 +146,17 @@ impl Tooth {
             Mutation::ResolveIgnoresOpenEntry,
             "told to be not committed",
             400,
+        ),
+        Self::new(Mutation::EmptyDiskVotes, "is lost; the log ends at", 100),
+        Self::scripted(
+            Mutation::PromiseNotPersisted,
+            "two entries are committed at lsn",
+            Script::PromiserRestarts,
+        ),
+        Self::scripted(
+            Mutation::NoJointPhase,
+            "two entries",
+            Script::OldQuorumIsUnaware,
         ),
     ];
 }
@@ -174,6 +226,10 @@ pub struct Weights {
     pub application: u64,
     /// Another host wants the database, whether the primary is alive or not.
     pub takeover: u64,
+    /// A replica is replaced.
+    pub replace: u64,
+    /// A replica's disk is lost, with all that was on it.
+    pub lose_disk: u64,
 }
 
 impl Weights {
@@ -200,6 +256,17 @@ impl Weights {
             clock_jump: one(20),
             application: one(40),
             takeover: one(40),
+            replace: 0,
+            lose_disk: 0,
+        }
+    }
+
+    /// The same, with changes of who the replicas are.
+    fn with_changes(self, rng: &mut Seeded) -> Self {
+        Self {
+            replace: rng.below(60),
+            lose_disk: rng.below(40),
+            ..self
         }
     }
 }
@@ -223,6 +290,10 @@ pub struct Settings {
     pub deferred: bool,
     /// The one power cut of a run that has one.
     pub power_cut: Option<PowerCut>,
+    /// Nodes that are no replicas at first; none in a run that changes nothing.
+    pub spare_count: usize,
+    /// What happens, where that is not left to chance.
+    pub script: Option<Script>,
     /// Whether every event is printed.
     pub verbose: bool,
 }
@@ -231,15 +302,24 @@ impl Settings {
     /// The run of a seed.
     pub fn of_seed(seed: u64) -> Self {
         let mut rng = Seeded::new(seed ^ 0x5eed);
+        let weights = Weights::draw(&mut rng);
+        // Of a generator of its own, so that a seed without changes stays what it was without them.
+        let mut changes = Seeded::new(seed ^ 0xc4a);
+        let (weights, spare_count) = match changes.below(3) {
+            0 => (weights.with_changes(&mut changes), SPARE_COUNT),
+            _ => (weights, 0),
+        };
         Self {
             seed,
             mutation: Mutation::None,
             duration: 6_000_000,
-            weights: Weights::draw(&mut rng),
+            weights,
             message_loss: [0, 0, 5, 20][rng.below(4) as usize],
             protects_primary: rng.below(3) == 0,
             deferred: rng.below(3) == 0,
             power_cut: None,
+            spare_count,
+            script: None,
             verbose: false,
         }
     }
@@ -247,14 +327,28 @@ impl Settings {
     /// A run in which nothing goes wrong but one power cut, and what is scripted.
     pub fn scenario(power_cut: Option<PowerCut>) -> Self {
         Self {
+            power_cut,
+            ..Self::scripted(Script::Everything, 7)
+        }
+    }
+
+    /// A run in which nothing goes wrong but what is scripted.
+    pub fn scripted(script: Script, seed: u64) -> Self {
+        Self {
             weights: Weights::default(),
             message_loss: 0,
             protects_primary: false,
             deferred: false,
-            duration: 900_000,
-            power_cut,
-            ..Self::of_seed(7)
+            duration: 1_100_000,
+            spare_count: 1,
+            script: Some(script),
+            ..Self::of_seed(seed)
         }
+    }
+
+    /// Whether replicas are replaced, or lose their disks.
+    pub fn has_changes(&self) -> bool {
+        self.spare_count > 0
     }
 
     /// The same with a mistake.
@@ -292,6 +386,9 @@ pub struct Tally {
     pub bulk_feeds: u64,
     pub multi_part: u64,
     pub replayed_commits: u64,
+    pub disks_lost: u64,
+    pub changes_begun: u64,
+    pub changes_done: u64,
 }
 
 impl Tally {
@@ -320,6 +417,9 @@ impl Tally {
             ("replicas that caught up in bulk", self.bulk_feeds),
             ("transactions of several parts", self.multi_part),
             ("commits compared with the model", self.replayed_commits),
+            ("disks that were lost", self.disks_lost),
+            ("steps of changes", self.changes_begun),
+            ("changes of the replicas", self.changes_done),
         ]
         .into_iter();
         counts.find(|(_, count)| *count < least)
@@ -327,7 +427,7 @@ impl Tally {
 
     /// Adds another run's.
     pub fn add(&mut self, other: &Self) {
-        let pairs: [(&mut u64, u64); 25] = [
+        let pairs: [(&mut u64, u64); 28] = [
             (&mut self.events, other.events),
             (&mut self.committed, other.committed),
             (&mut self.acked, other.acked),
@@ -353,6 +453,9 @@ impl Tally {
             (&mut self.bulk_feeds, other.bulk_feeds),
             (&mut self.multi_part, other.multi_part),
             (&mut self.replayed_commits, other.replayed_commits),
+            (&mut self.disks_lost, other.disks_lost),
+            (&mut self.changes_begun, other.changes_begun),
+            (&mut self.changes_done, other.changes_done),
         ];
         for (sum, more) in pairs {
             *sum += more;

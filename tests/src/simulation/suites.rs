@@ -101,7 +101,7 @@ pub fn is_deterministic(seed: u64) -> Result<(), String> {
 pub fn is_caught(tooth: &Tooth) -> Result<(u64, String), String> {
     let first = Mutex::new(None);
     in_parallel(0..tooth.within, |seed| {
-        match run(&Settings::of_seed(seed).with(tooth.mutation)) {
+        match run(&tooth.settings(seed).with(tooth.mutation)) {
             Err(found) if found.contains(tooth.finding) => {
                 let mut first = lock(&first);
                 if first.as_ref().is_none_or(|(earlier, _)| seed < *earlier) {
@@ -118,7 +118,7 @@ pub fn is_caught(tooth: &Tooth) -> Result<(u64, String), String> {
             tooth.mutation, tooth.finding, tooth.within
         ));
     };
-    match run(&Settings::of_seed(seed)) {
+    match run(&tooth.settings(seed)) {
         Ok(_) => Ok((seed, found.lines().next().unwrap_or_default().to_owned())),
         Err(found) => Err(format!("seed {seed} fails without the mistake: {found}")),
     }

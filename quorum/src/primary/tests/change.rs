@@ -147,6 +147,67 @@ fn a_joint_phase_can_be_taken_back() {
     assert_eq!(names(back.next.as_deref().unwrap()), "abcde");
 }
 
+// If this failed, a machine that loses its disk while it joins would leave the change under way for
+// good, and nothing could be replaced any more.
+#[test]
+fn a_change_goes_on_when_the_replica_that_joins_is_lost() {
+    let mut primary = replacing();
+    step(&mut primary, &["a", "b", "c"]);
+    for name in ["a", "b", "c"] {
+        ack(&mut primary, name, 2, 2);
+    }
+    assert_eq!(primary.next_membership(), None, "f is not level");
+    promise_as(&mut primary, "f", replica("g"), None);
+    let after = primary.next_membership().unwrap();
+    assert_eq!(
+        (names(&after.members).as_str(), after.next),
+        ("abcdf", None)
+    );
+    let recorded = after.members.iter().find(|member| member.node == node("f"));
+    assert_eq!(
+        recorded.unwrap().replica,
+        Some(replica("f")),
+        "nothing tells what the other one holds"
+    );
+}
+
+// If this failed, a disk that is found again after a while would leave a replacement under way that
+// nothing ends, and nothing could be replaced any more.
+#[test]
+fn a_replacement_ends_when_the_replica_that_was_lost_is_back() {
+    let mut primary = leading();
+    promise_as(&mut primary, "e", replica("g"), None);
+    primary.start_replacement(wanted("e", "e")).unwrap();
+    assert!(primary.replacement_under_way().is_some());
+    promise_as(&mut primary, "e", replica("e"), None);
+    assert_eq!(primary.replacement_under_way(), None);
+    primary.start_replacement(wanted("e", "e")).unwrap();
+    assert_eq!(primary.replacement_under_way(), None, "nothing to be done");
+}
+
+// If this failed, a claim that only a lost replica could still win would be waited for without end:
+// nobody opens the database until somebody starts a sidecar again.
+#[test]
+fn a_claim_is_given_up_when_those_left_are_no_quorum() {
+    for lost_first in [false, true] {
+        let mut primary = leading();
+        primary.start_claim(claimant(2));
+        if lost_first {
+            promise_as(&mut primary, "e", replica("?"), None);
+        }
+        reject(&mut primary, "a", 2, fenced(2));
+        promise_as(&mut primary, "b", replica("b"), None);
+        assert_eq!(primary.state(), PrimaryState::Claiming);
+        reject(&mut primary, "d", 2, fenced(2));
+        if !lost_first {
+            assert_eq!(primary.state(), PrimaryState::Claiming, "c and e are left");
+            promise_as(&mut primary, "e", replica("?"), None);
+        }
+        let by = Epoch::new(2);
+        assert_eq!(primary.state(), PrimaryState::Fenced { by });
+    }
+}
+
 // If this failed, nonsense from the command line would become a membership.
 #[test]
 fn a_replacement_that_makes_no_sense_is_refused() {
