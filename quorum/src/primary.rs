@@ -297,6 +297,7 @@ impl Primary {
             local.last
         );
         let commit_lsn = local.commit_lsn.min(local.last.lsn).max(gone_lsn);
+        let highest_epoch_seen = local.promised.max(local.last.epoch).max(membership.epoch);
         let nodes = membership
             .nodes()
             .into_iter()
@@ -309,7 +310,7 @@ impl Primary {
             stage: Stage::Idle,
             epoch: Epoch::ZERO,
             claimant: None,
-            highest_epoch_seen: local.promised.max(local.last.epoch),
+            highest_epoch_seen,
             last: local.last,
             history,
             commit_lsn,

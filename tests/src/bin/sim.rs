@@ -106,9 +106,11 @@ fn tell_mistakes(seeds: u64) -> ExitCode {
 }
 
 fn run_one(seed: u64, mutation: Mutation) -> ExitCode {
+    let tooth = Tooth::ALL.iter().find(|tooth| tooth.mutation == mutation);
+    let settings = tooth.map_or_else(|| Settings::of_seed(seed), |tooth| tooth.settings(seed));
     let settings = Settings {
         verbose: true,
-        ..Settings::of_seed(seed).with(mutation)
+        ..settings.with(mutation)
     };
     println!("{settings:?}");
     match run(&settings) {

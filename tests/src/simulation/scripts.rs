@@ -12,6 +12,7 @@ impl World {
         let next = match self.settings.script {
             Some(Script::Everything) => self.everything(step),
             Some(Script::PromiserRestarts) => self.promiser_restarts(step),
+            Some(Script::DisksAreLost) => self.disks_are_lost(step),
             Some(Script::OldQuorumIsUnaware) => self.old_quorum_is_unaware(step),
             None => None,
         };
@@ -75,6 +76,35 @@ impl World {
                 Some(300_000)
             }
             4 => {
+                self.heal_network();
+                None
+            }
+            _ => None,
+        }
+    }
+
+    /// What host 0 commits is on the replicas 0, 1 and 2; then 0 and 1 lose their disks, and host 1
+    /// reaches all but 2.
+    fn disks_are_lost(&mut self, step: usize) -> Option<Micros> {
+        match step {
+            0 => {
+                (3..5).for_each(|node| self.cut_link(0, node, TO_THE_END));
+                self.cut_link(1, 2, TO_THE_END);
+                Some(60_000)
+            }
+            1 => {
+                for node in 0..3 {
+                    self.cut_link(0, node, TO_THE_END);
+                }
+                (0..2).for_each(|node| self.empty_node(node));
+                Some(5_000)
+            }
+            2 => {
+                (0..2).for_each(|node| self.start_node(node));
+                self.take_over(1, 0);
+                Some(400_000)
+            }
+            3 => {
                 self.heal_network();
                 None
             }

@@ -79,6 +79,9 @@ pub enum Script {
     /// A replica that promised another host loses its power, and is reached by the old primary
     /// alone when it is back.
     PromiserRestarts,
+    /// Two of three replicas that alone hold a commit lose their disks, and are reached by another
+    /// host that does not reach the third.
+    DisksAreLost,
     /// A replica is replaced while a quorum of the old ones is out of reach, and takes part in
     /// another host's claim.
     OldQuorumIsUnaware,
@@ -147,7 +150,11 @@ impl Tooth {
             "told to be not committed",
             400,
         ),
-        Self::new(Mutation::EmptyDiskVotes, "is lost; the log ends at", 100),
+        Self::scripted(
+            Mutation::EmptyDiskVotes,
+            "two entries are committed at lsn",
+            Script::DisksAreLost,
+        ),
         Self::scripted(
             Mutation::PromiseNotPersisted,
             "two entries are committed at lsn",
