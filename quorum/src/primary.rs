@@ -240,6 +240,8 @@ struct Proposal {
     /// The epoch that was led when it was proposed.
     base: Epoch,
     membership: Membership,
+    /// The choice of the log waits for a quorum of each of its sets.
+    waits: bool,
 }
 
 #[derive(Debug, Clone, Default, Hash)]

@@ -182,7 +182,7 @@ fn a_burial_without_its_condition_is_caught() {
 
 #[test]
 fn a_lost_disk_that_votes_as_before_is_caught() {
-    assert_caught(Fault::AnyIdentity, 300);
+    assert_caught(Fault::AnyIdentity, 1500);
 }
 
 #[test]

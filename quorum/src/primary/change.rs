@@ -203,8 +203,19 @@ impl Primary {
         })
     }
 
+    /// Whether it lacks nothing but what is archived. That is not sent to a replica which lacks it;
+    /// when there is nothing else, the step's own epoch start is the first entry that it gets.
     fn is_level(&self, member: &Member) -> bool {
+        let all_is_archived = self.archive_lsn() == self.commit_lsn;
         self.member_flush_lsn(member) >= self.commit_lsn
+            || (all_is_archived && self.has_promised(member))
+    }
+
+    /// Whether it promised this epoch, on the connection that there is.
+    fn has_promised(&self, member: &Member) -> bool {
+        self.nodes.get(&member.node).is_some_and(|node| {
+            node.standing == Standing::Promised && node.replica == member.replica
+        })
     }
 
     /// Makes the step that [`Self::next_membership`] tells: claims the next epoch for it. Entries
@@ -223,6 +234,7 @@ impl Primary {
         self.proposal = Some(Proposal {
             base: self.epoch,
             membership,
+            waits: true,
         });
         self.begin_claim(claimant);
         true
@@ -269,10 +281,14 @@ impl Primary {
         self.is_new = true;
     }
 
-    /// Goes on without the replicas that are connected and do not answer. Only the first claim of a
-    /// new log waits for them, to learn who they are.
+    /// Goes on without the replicas that are connected and do not answer. The first claim of a new
+    /// log waits for them, to learn who they are; the step of a change for those that are to vote
+    /// next: it is not made without a quorum of them.
     pub fn stop_waiting(&mut self) {
         self.waits = false;
+        if let Some(proposal) = &mut self.proposal {
+            proposal.waits = false;
+        }
         if matches!(self.stage, Stage::Claiming) {
             self.choose_log();
         }
@@ -300,7 +316,8 @@ impl Primary {
                 .is_some_and(|node| self.is_counted_promise(&member.node, node))
         };
         if !self.membership.is_undecided() {
-            return holds_quorum(&self.membership, counts);
+            let waits = self.proposal.as_ref().is_some_and(|step| step.waits);
+            return holds_quorum(&self.membership, counts) && (!waits || self.may_take_step());
         }
         // Nobody's identity is known, so one that lost its journal cannot be told from one that
         // never had it. All of them together cannot have forgotten what a quorum once held.
@@ -312,6 +329,14 @@ impl Primary {
                 .any(|node| node.connected && node.standing == Standing::Asked);
         count == self.membership.members.len()
             || (self.is_new && count >= self.membership.ack_quorum && !waits)
+    }
+
+    /// Whether the step that the claim is for, if it is for one, has promises of a quorum of each
+    /// of its sets: without them nothing could be committed in its epoch, nor in any later one.
+    fn may_take_step(&self) -> bool {
+        let promised = |member: &Member| self.has_promised(member);
+        let step = self.proposal.as_ref();
+        step.is_some_and(|step| holds_quorum(&step.membership, promised))
     }
 
     /// Whether this node's promise is one of a member.
@@ -353,7 +378,9 @@ impl Primary {
         let mut decided = self.membership.clone();
         // A proposal stands on the membership of an epoch that was committed. If the log, or a
         // promise, has seen a later one, that may have proposed something else.
+        let may_take_step = self.may_take_step();
         if let Some(proposal) = self.proposal.take()
+            && may_take_step
             && proposal.base == last.epoch
             && proposal.base == decided.epoch
         {

@@ -22,6 +22,8 @@ const CLAIM_PATIENCE: Micros = 500_000;
 const SEARCH_INTERVAL: Micros = 1_000_000;
 /// Disks that each set must keep: with fewer, more were lost than the guarantee allows.
 const DISKS_KEPT: usize = 3;
+/// The same for a disk that is of none: its node may be about to become a member.
+const DISKS_KEPT_BESIDE: usize = 4;
 
 impl World {
     /// The newest members that a node which this host reaches knows of; else as configured.
@@ -213,7 +215,11 @@ impl World {
                     let replica = state.and_then(|state| state.replica);
                     index != node && replica.is_some() && member.replica == replica
                 };
-                set.iter().filter(is_whole).count() >= DISKS_KEPT
+                let least = match set.iter().any(|member| node_index(&member.node) == node) {
+                    true => DISKS_KEPT,
+                    false => DISKS_KEPT_BESIDE,
+                };
+                set.iter().filter(is_whole).count() >= least
             })
         })
     }

@@ -157,7 +157,7 @@ impl Tooth {
         ),
         Self::scripted(
             Mutation::PromiseNotPersisted,
-            "two entries are committed at lsn",
+            "after it promised",
             Script::PromiserRestarts,
         ),
         Self::scripted(

@@ -171,6 +171,39 @@ fn a_change_goes_on_when_the_replica_that_joins_is_lost() {
     );
 }
 
+// If this failed, nothing could be replaced in a database that nobody writes to.
+#[test]
+fn a_replica_joins_a_log_of_which_all_is_archived() {
+    let mut primary = leading();
+    primary.start_replacement(wanted("e", "f")).unwrap();
+    primary.handle_connected(&node("f"));
+    primary.handle_archived(Lsn::new(1));
+    assert_eq!(primary.next_membership(), None, "f has not answered");
+    let promise = promise(&primary, 0, &[], 0);
+    send(&mut primary, "f", promise);
+    assert!(primary.next_membership().is_some());
+}
+
+// If this failed, a step could be made after which nothing is committed any more: the node that is
+// to join lost its disk a moment ago.
+#[test]
+fn a_step_that_no_quorum_of_its_members_promised_is_not_made() {
+    for is_back in [true, false] {
+        let mut primary = replacing();
+        assert!(primary.start_change(claimant(9)));
+        for name in ["a", "b", "e"] {
+            promise_as(&mut primary, name, replica(name), None);
+        }
+        assert_eq!(primary.state(), PrimaryState::Claiming, "a and b of abcdf");
+        let found = if is_back { "f" } else { "?" };
+        promise_as(&mut primary, "f", replica(found), None);
+        assert_eq!(primary.state() == PrimaryState::Claiming, !is_back);
+        primary.stop_waiting();
+        assert_eq!(primary.state(), PrimaryState::Starting);
+        assert_eq!(primary.membership().next.is_some(), is_back);
+    }
+}
+
 // If this failed, a disk that is found again after a while would leave a replacement under way that
 // nothing ends, and nothing could be replaced any more.
 #[test]
