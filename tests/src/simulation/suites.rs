@@ -153,6 +153,17 @@ pub fn survey(mutation: Mutation, seeds: u64) -> BTreeMap<String, (u64, u64)> {
 /// The power cuts that lose something, or did not happen.
 pub fn power_cuts_lose_nothing(step: usize) -> Result<usize, String> {
     let whole = run(&Settings::scenario(None))?;
+    let Tally {
+        changes_done,
+        archived,
+        buried,
+        opened,
+        ..
+    } = whole.tally;
+    // A sync of what does not happen is crashed at by nobody.
+    if [changes_done, archived, buried, opened].contains(&0) {
+        return Err(format!("the scenario lacks something: {:?}", whole.tally));
+    }
     let cuts: Vec<PowerCut> = every_cut(&whole).into_iter().step_by(step).collect();
     let failures = Mutex::new(Vec::new());
     in_parallel(0..cuts.len() as u64, |index| {
