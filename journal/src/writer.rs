@@ -282,6 +282,8 @@ impl Writer {
     fn fail(&mut self, batch: Batch, error: &JournalError) {
         tracing::error!(%error, "the journal could not be written");
         lock(&self.shared.trouble).io = Some(error.to_string());
+        // The batch began with them, if nothing stands in the segment yet.
+        self.needs_states |= self.offset == SEGMENT_HEADER_BYTES;
         self.blocked.merge(batch.blocks);
         self.waiting
             .extend(std::mem::take(&mut lock(&self.shared.queue).items));

@@ -4,7 +4,8 @@ use super::support::*;
 use crate::disk::memory::MemoryDisk;
 use crate::{Journal, JournalError, JournalOptions, Record};
 use durovfs_wire::position::{Epoch, Lsn};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 fn fill(journal: &Journal, from: u64) -> (u64, JournalError) {
     let mut lsn = from;
@@ -211,6 +212,57 @@ fn a_failed_batch_never_comes_back_behind_its_successor() {
         let found = open(&disk.crash(&mut |_| 0));
         assert_eq!(found.state(database(1)).unwrap().last, position(1, 2));
     }
+}
+
+/// Broken if this fails: a promise whose second copy cannot be written, at the beginning of a
+/// segment, takes the states with it that the segment is to begin with; when the older segments go,
+/// the journal is damaged.
+#[test]
+fn a_promise_that_fails_leaves_no_segment_without_states() {
+    let mut failed = 0;
+    for fault in 0..12 {
+        let disk = MemoryDisk::default();
+        // Without threads, so that each fault has its place.
+        let opened = Journal::open_driven(Arc::new(disk.clone()), &options(true));
+        let (journal, mut driver, _) = opened.unwrap();
+        let mut attempt = |records: Vec<Record>| {
+            let (sender, receiver) = mpsc::channel();
+            journal.resume(database(1));
+            let done = move |result| sender.send(result).unwrap();
+            journal.append(records, Box::new(done));
+            driver.write_waiting();
+            driver.rest();
+            receiver.recv().unwrap()
+        };
+        let quiet = vec![promise(2, 7), start(2, 7, 1, None), progress(2, 1, 1)];
+        attempt(quiet).unwrap();
+        journal.drop_through(database(2), Lsn::new(1));
+        let begun = vec![promise(1, 1), start(1, 1, 1, None), progress(1, 1, 1)];
+        attempt(begun).unwrap();
+        // After this one the next begins a segment, and meets the fault.
+        disk.fail_after(0);
+        assert!(attempt(vec![transaction(1, 1, 2, vec![1; 100])]).is_err());
+        disk.fail_after(fault);
+        let mut insist = |records: Vec<Record>| {
+            while attempt(records.clone()).is_err() {
+                failed += 1;
+                assert!(failed < 1000, "fault {fault} never passes");
+                // After a failed preparation a second passes before the next.
+                std::thread::sleep(Duration::from_millis(30));
+            }
+        };
+        insist(vec![promise(1, 2)]);
+        insist(vec![start(1, 2, 2, None), progress(1, 2, 2)]);
+        journal.drop_through(database(1), Lsn::new(2));
+        insist(vec![promise(1, 3)]);
+        let disk = disk.crash(&mut |_| 0);
+        let journal = try_open(&disk).unwrap_or_else(|error| panic!("fault {fault}: {error}"));
+        for (number, promised, last) in [(1, 3, position(2, 2)), (2, 7, position(7, 1))] {
+            let state = journal.state(database(number)).unwrap();
+            assert_eq!((state.promised, state.last), (Epoch::new(promised), last));
+        }
+    }
+    assert!(failed > 5, "only {failed} writes failed");
 }
 
 /// Broken if this fails: entries of one log continue another's, after a truncation between them

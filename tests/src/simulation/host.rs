@@ -777,7 +777,7 @@ impl World {
     /// can be read at all is checked.
     pub(super) fn check_host_disk(&self, host: usize) {
         let disk = self.hosts[host].disk().survivor(&mut |_| 0);
-        drop(states_on(disk));
+        drop(states_on(disk, "a host"));
     }
 }
 

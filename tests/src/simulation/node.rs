@@ -83,7 +83,7 @@ impl Node {
     /// What a power cut now would leave, as the next process would find it.
     pub fn survivors(&self) -> BTreeMap<usize, DatabaseState> {
         let disk = self.disk.survivor(&mut |_| 0);
-        states_on(disk)
+        states_on(disk, "a replica")
     }
 }
 
@@ -91,13 +91,15 @@ impl Node {
 ///
 /// # Panics
 /// When it finds damage: no power cut may leave that.
-pub fn states_on(disk: MemoryDisk) -> BTreeMap<usize, DatabaseState> {
+pub fn states_on(disk: MemoryDisk, whose: &str) -> BTreeMap<usize, DatabaseState> {
     match Journal::open_driven(Arc::new(disk), &journal_options(true, 64)) {
         Ok((_, _, states)) => states
             .into_iter()
             .map(|state| (database_index(state.database), state))
             .collect(),
-        Err(error) => panic!("a power cut left a journal that cannot be read: {error}"),
+        Err(error) => {
+            panic!("a power cut left {whose} with a journal that cannot be read: {error}")
+        }
     }
 }
 
