@@ -157,6 +157,10 @@ impl Node {
             self.pump_inline(database, node, last_lsn);
             return;
         }
+        if !feed.sent.is_empty() {
+            // A stream of its own would overtake them. Their ack, or a tick, comes here again.
+            return;
+        }
         self.next_feed += 1;
         feed.state = FeedState::Bulk {
             feed: self.next_feed,

@@ -120,7 +120,7 @@ impl Node {
                     header: part,
                     payload,
                 };
-                self.handle_append(node, outbox, context, entry, permit);
+                self.handle_append(node, context, entry, permit);
             }
             PrimaryMessage::Fetch {
                 database,
@@ -230,23 +230,15 @@ impl Node {
     fn handle_append(
         &mut self,
         node: &NodeName,
-        outbox: &Outbox,
         context: AppendContext,
         entry: EntryPart,
         permit: Permit,
     ) {
         let database = entry.header.database;
-        let reject = |reason| {
-            outbox.answer(&ReplicaMessage::Rejected {
-                database,
-                epoch: context.epoch,
-                reason,
-            });
-        };
         let Some(replica) = self.replicas.get_mut(&database) else {
-            return reject(RejectReason::Fenced {
-                promised: Epoch::ZERO,
-            });
+            let promised = Epoch::ZERO;
+            let reason = RejectReason::Fenced { promised };
+            return self.reject(node, database, context.epoch, reason);
         };
         match replica.log.handle_append(context, entry, permit) {
             Ok(()) => {
@@ -258,8 +250,20 @@ impl Node {
                 if let AppendRefused::Violation(violation) = &refused {
                     tracing::error!(%node, name = %replica.name, %violation, "append refused");
                 }
-                reject(refused.into_reason());
+                self.reject(node, database, context.epoch, refused.into_reason());
             }
+        }
+    }
+
+    /// Refuses an append. On the shared stream, whichever it came on: the primary listens there, as
+    /// it does for acks.
+    fn reject(&self, node: &NodeName, database: DatabaseId, epoch: Epoch, reason: RejectReason) {
+        if let Some(inbound) = self.inbound.get(node) {
+            inbound.shared.answer(&ReplicaMessage::Rejected {
+                database,
+                epoch,
+                reason,
+            });
         }
     }
 

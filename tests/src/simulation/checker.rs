@@ -316,8 +316,9 @@ impl Checker {
         }
     }
 
-    /// The same where the five change: whichever disks survive, if recovery takes them for a quorum,
-    /// the log that it would choose from them has all that is committed, or the archive has.
+    /// The same where the five change: whichever disks survive, if recovery takes them for a
+    /// quorum, the log that it would choose from them has all that is committed, or the archive
+    /// has.
     fn check_recovery(
         &self,
         database: usize,

@@ -91,7 +91,8 @@ pub struct Serving {
     own_trouble: bool,
     pub claimant: ClaimantId,
     claim_at: Option<Micros>,
-    /// When the claim under way was first looked at, and when members were searched last, local time.
+    /// When the claim under way was first looked at, and when members were searched last, local
+    /// time.
     pub claiming_since: Option<Micros>,
     pub searched_at: Micros,
     /// Commits are refused since then, for a step of a change.

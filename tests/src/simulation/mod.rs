@@ -364,8 +364,8 @@ impl World {
         })
     }
 
-    /// All replicas have the whole of every log that is not archived, no change of them is under way
-    /// or due, and nobody waits for an outcome.
+    /// All replicas have the whole of every log that is not archived, no change of them is under
+    /// way or due, and nobody waits for an outcome.
     fn is_level(&self) -> bool {
         (0..DATABASE_COUNT).all(|database| {
             let host = database % HOST_COUNT;
