@@ -28,6 +28,7 @@ const SMALL: Bounds = Bounds {
     replacements: 0,
     syncs_at_once: true,
     delivers_all: true,
+    exchanges_at_once: false,
     fault: Fault::None,
 };
 
@@ -39,7 +40,16 @@ const FIVE: Bounds = Bounds {
     ..SMALL
 };
 
-/// `DUROVFS_MODEL`, one number for each bound, in their order; the last two are 1 for more states.
+/// A replica is replaced in two steps, and the second host claims at any moment.
+const CHANGE: Bounds = Bounds {
+    entries: 0,
+    replacements: 1,
+    exchanges_at_once: true,
+    ..SMALL
+};
+
+/// `DUROVFS_MODEL`, one number for each bound, in their order; of the last three, the first two are
+/// 1 for more states, the third is 1 for fewer.
 fn given() -> Option<Bounds> {
     let text = std::env::var("DUROVFS_MODEL").ok()?;
     let numbers: Vec<u8> = text
@@ -58,9 +68,10 @@ fn given() -> Option<Bounds> {
         replacements,
         syncs,
         delivers,
+        exchanges,
     ] = numbers[..]
     else {
-        panic!("DUROVFS_MODEL has {} numbers, not eleven", numbers.len());
+        panic!("DUROVFS_MODEL has {} numbers, not twelve", numbers.len());
     };
     Some(Bounds {
         replicas: replicas.into(),
@@ -74,6 +85,7 @@ fn given() -> Option<Bounds> {
         replacements,
         syncs_at_once: syncs == 0,
         delivers_all: delivers == 0,
+        exchanges_at_once: exchanges == 1,
         fault: Fault::None,
     })
 }
@@ -97,7 +109,7 @@ fn visit(bounds: Bounds, ends: HasDiscoveries) -> impl Checker<Bounds> {
 fn no_schedule_breaks_a_promise() {
     let sizes = match given() {
         Some(bounds) => vec![bounds],
-        None => vec![SMALL, FIVE],
+        None => vec![SMALL, FIVE, CHANGE],
     };
     for bounds in sizes {
         visit(bounds, HasDiscoveries::AllFailures).assert_properties();

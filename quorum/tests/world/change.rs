@@ -33,6 +33,9 @@ impl World {
 
     /// Makes the step that is due, if one is.
     pub(super) fn change(&mut self, host: usize) {
+        if self.hosts[host].primary.next_membership().is_none() {
+            return; // drawn for nothing, a claimant would make another state of the same one
+        }
         let claimant = self.claimant(host);
         if !self.hosts[host].primary.start_change(claimant) {
             return;

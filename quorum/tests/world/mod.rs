@@ -237,7 +237,9 @@ impl World {
     fn claimant(&mut self, host: usize) -> ClaimantId {
         self.claims[host] = self.claims[host].wrapping_add(1);
         if self.is_model {
-            return ClaimantId::from_bytes([16 * (host as u8 + 1) + self.claims[host]; 16]);
+            let mut id = [host as u8 + 1; 16];
+            id[0] = self.claims[host];
+            return ClaimantId::from_bytes(id);
         }
         ClaimantId::from_bytes(self.rng.random())
     }

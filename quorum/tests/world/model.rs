@@ -42,6 +42,9 @@ pub struct Bounds {
     /// Whether all messages arrive that are on their way on a connection in one direction, when one
     /// does: fewer states, too.
     pub delivers_all: bool,
+    /// Whether what a host sends a node, and what the node answers, arrive in one step: fewer
+    /// states still, and all orders in which the hosts reach the nodes.
+    pub exchanges_at_once: bool,
     /// A mistake that must be found.
     pub fault: Fault,
 }
@@ -63,6 +66,8 @@ pub enum Step {
     Deliver(usize, usize),
     /// A host gets the next message of a node.
     Answer(usize, usize),
+    /// Both, with all that is on its way.
+    Exchange(usize, usize),
     /// A node's disk has all that was written.
     Sync(usize),
     /// A node dies and comes back.
@@ -188,6 +193,11 @@ impl World {
                     self.answer(host, node);
                 }
             }
+            Step::Exchange(host, node) => {
+                self.take(Step::Deliver(host, node), true);
+                self.sync_all(node);
+                self.take(Step::Answer(host, node), true);
+            }
             Step::Sync(node) => self.sync_all(node),
             Step::Crash(node) => {
                 self.crash_replica(node);
@@ -261,15 +271,18 @@ impl Model for Bounds {
             if left.replacements > 0 && leads {
                 actions.push(Step::Replace(host));
             }
-            if leads && primary.replacement_under_way().is_some() {
+            if leads && primary.next_membership().is_some() {
                 actions.push(Step::Change(host));
             }
             for node in 0..self.used_nodes() {
                 let link = &world.links[host][node];
-                if !link.to_replica.is_empty() {
+                let (sends, answers) = (!link.to_replica.is_empty(), !link.to_host.is_empty());
+                if self.exchanges_at_once && (sends || answers) {
+                    actions.push(Step::Exchange(host, node));
+                } else if sends {
                     actions.push(Step::Deliver(host, node));
                 }
-                if !link.to_host.is_empty() {
+                if answers && !self.exchanges_at_once {
                     actions.push(Step::Answer(host, node));
                 }
                 if left.cuts > 0 {
@@ -297,7 +310,11 @@ impl Model for Bounds {
             Step::Replace(_) => left.replacements -= 1,
             Step::Crash(_) => left.crashes -= 1,
             Step::Cut(..) => left.cuts -= 1,
-            Step::Change(_) | Step::Deliver(..) | Step::Answer(..) | Step::Sync(_) => {}
+            Step::Change(_)
+            | Step::Deliver(..)
+            | Step::Answer(..)
+            | Step::Exchange(..)
+            | Step::Sync(_) => {}
         }
         let done = catch_unwind(AssertUnwindSafe(|| {
             state.world.take(step, self.delivers_all);

@@ -24,8 +24,9 @@ impl World {
     fn everything(&mut self, step: usize) -> Option<Micros> {
         match step {
             0 => {
-                (0..3).for_each(|node| self.cut_link(0, node, 120_000));
-                Some(200_000)
+                // What is sent is not answered, and buried.
+                (0..3).for_each(|node| self.silence(0, node, 1, 400_000));
+                Some(500_000)
             }
             1 => {
                 self.crash_node(4, false);

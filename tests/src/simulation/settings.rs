@@ -346,7 +346,7 @@ impl Settings {
             message_loss: 0,
             protects_primary: false,
             deferred: false,
-            duration: 1_100_000,
+            duration: 1_400_000,
             spare_count: 1,
             script: Some(script),
             ..Self::of_seed(seed)
