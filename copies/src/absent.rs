@@ -29,10 +29,12 @@ impl AbsentPages {
         self.0.len() > MAX_RANGES
     }
 
-    /// Whether the ranges are such as this type makes.
-    pub fn is_sound(&self) -> bool {
+    /// Whether the ranges are such as this type makes in a database of so many pages.
+    pub fn is_sound(&self, page_count: u32) -> bool {
         let ordered = self.0.windows(2).all(|pair| pair[0].1 < pair[1].0);
-        !self.is_too_long() && ordered && self.0.iter().all(|(first, last)| first <= last)
+        let exist =
+            |(first, last): &(u32, u32)| 1 <= *first && first <= last && *last <= page_count;
+        !self.is_too_long() && ordered && self.0.iter().all(exist)
     }
 
     /// How many pages are.
@@ -120,7 +122,7 @@ mod tests {
                         model.retain(|page| *page <= count);
                     }
                 }
-                prop_assert!(pages.is_sound());
+                prop_assert!(pages.is_sound(count));
                 prop_assert_eq!(pages.count() as usize, model.len());
                 for page in 1..=count + 2 {
                     prop_assert_eq!(pages.contains(page), model.contains(&page), "{}", page);
