@@ -650,7 +650,9 @@ fn decode(slot: &[u8]) -> Option<(u64, MarkState)> {
     let intact = slot[..8] == *MAGIC
         && word(slot, 8) == VERSION
         && word(slot, 12) == crc32fast::hash(&slot[16..SLOT_USED_BYTES]);
-    if !intact {
+    let sequence = long(slot, 16);
+    // After the last number there is none for the other slot. Nobody counts as far.
+    if !intact || sequence == u64::MAX {
         return None;
     }
     let flags = word(slot, 40);
@@ -687,7 +689,7 @@ fn decode(slot: &[u8]) -> Option<(u64, MarkState)> {
         unconfirmed,
         begins_after: Lsn::new(long(slot, BEGINS_AFTER_OFFSET)),
     };
-    Some((long(slot, 16), state))
+    Some((sequence, state))
 }
 
 #[cfg(test)]
@@ -809,5 +811,12 @@ mod tests {
             .write_at(&[0xff; 3], SLOT_BYTES as u64 - torn_slot + 50)
             .unwrap();
         assert!(mark.read().is_err());
+    }
+
+    /// Broken, the slot written after it would not be the newest, or the host would panic.
+    #[test]
+    fn a_slot_that_none_can_follow_is_not_believed() {
+        assert_eq!(decode(&encode(7, &full())), Some((7, full())));
+        assert_eq!(decode(&encode(u64::MAX, &full())), None);
     }
 }
