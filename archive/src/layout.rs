@@ -230,7 +230,8 @@ fn parse_range(text: &str) -> Option<ChunkRange> {
         last_epoch: Epoch::new(u32::try_from(hex::<8>(numbers.next()?)?).ok()?),
         last_time: time_from_key(hex::<16>(numbers.next()?)?),
     };
-    let legal = Lsn::ZERO < range.first_lsn && range.first_lsn <= range.last_lsn;
+    let ordered = Lsn::ZERO < range.first_lsn && range.first_lsn <= range.last_lsn;
+    let legal = ordered && range.last_lsn < Lsn::MAX;
     (legal && numbers.next().is_none()).then_some(range)
 }
 
@@ -241,7 +242,8 @@ fn parse_point(text: &str) -> Option<SnapshotPoint> {
         epoch: Epoch::new(u32::try_from(hex::<8>(numbers.next()?)?).ok()?),
         time: time_from_key(hex::<16>(numbers.next()?)?),
     };
-    (point.lsn > Lsn::ZERO && numbers.next().is_none()).then_some(point)
+    let legal = Lsn::ZERO < point.lsn && point.lsn < Lsn::MAX;
+    (legal && numbers.next().is_none()).then_some(point)
 }
 
 fn hex<const DIGITS: usize>(text: &str) -> Option<u64> {
@@ -257,6 +259,27 @@ mod tests {
     use super::*;
 
     const ID: DatabaseId = DatabaseId::from_bytes([0x5a; 16]);
+
+    #[test]
+    fn a_key_that_no_entry_can_follow_is_none_of_ours() {
+        // Broken: one stray object would stop whoever asks how far the archive reaches.
+        let first_lsn = Lsn::new(1);
+        for (last_lsn, is_ours) in [(u64::MAX - 1, true), (u64::MAX, false)] {
+            let (last_lsn, epoch, time) = (Lsn::new(last_lsn), Epoch::ZERO, Timestamp::default());
+            let range = ChunkRange {
+                first_lsn,
+                last_lsn,
+                last_epoch: epoch,
+                last_time: time,
+            };
+            let lsn = last_lsn;
+            let point = SnapshotPoint { lsn, epoch, time };
+            let chunk = chunk_key("a", ID, &range).unwrap();
+            let snapshot = snapshot_key("a", ID, &point).unwrap();
+            assert_eq!(parse_key(&chunk).is_some(), is_ours, "{chunk}");
+            assert_eq!(parse_key(&snapshot).is_some(), is_ours, "{snapshot}");
+        }
+    }
 
     fn range(first: u64, last: u64) -> ChunkRange {
         ChunkRange {

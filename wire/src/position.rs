@@ -14,6 +14,9 @@ pub struct Lsn(u64);
 impl Lsn {
     /// Before the first entry.
     pub const ZERO: Self = Self(0);
+    /// After all entries: no log gets as far. What comes from outside must lie before it, so that
+    /// there is a position after that.
+    pub const MAX: Self = Self(u64::MAX);
 
     /// The position with this number.
     pub const fn new(number: u64) -> Self {

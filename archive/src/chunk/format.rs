@@ -366,6 +366,9 @@ pub(super) fn decode_record(record: &[u8]) -> Result<EntryFacts, ChunkError> {
     let [kind, flags, _, _] = fields.array().ok_or(DAMAGED)?;
     let epoch = Epoch::new(fields.u32().ok_or(DAMAGED)?);
     let position = LogPosition::new(epoch, Lsn::new(fields.u64().ok_or(DAMAGED)?));
+    if position.lsn >= Lsn::MAX {
+        return Err(DAMAGED);
+    }
     let time = Timestamp::from_micros(fields.i64().ok_or(DAMAGED)?);
     let block = fields.u64().ok_or(DAMAGED)?;
     let place = Place {
@@ -376,7 +379,8 @@ pub(super) fn decode_record(record: &[u8]) -> Result<EntryFacts, ChunkError> {
         KIND_TRANSACTION => {
             let summary = decode_summary(&mut fields, flags).ok_or(DAMAGED)?;
             let commit = summary.commit;
-            if summary.position != position || commit.slot_count > commit.page_count {
+            let is_consistent = summary.position == position && commit.time == time;
+            if !is_consistent || commit.slot_count > commit.page_count {
                 return Err(DAMAGED);
             }
             EntryKind::Transaction(commit)
