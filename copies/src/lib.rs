@@ -14,5 +14,9 @@ mod copy;
 mod path;
 mod stand;
 
+#[cfg(fuzzing)]
+pub use absent::AbsentPages;
 pub use copy::{CopyError, CopySnapshot, WarmCopy};
 pub use path::{UnusableName, copy_path};
+#[cfg(fuzzing)]
+pub use stand::{CopyRecord, Stand, record_path};

@@ -56,16 +56,3 @@ fn part(lsn: u64, kind: PartKind, mut builder: PayloadBuilder) -> EntryPart {
         payload: builder.take(),
     }
 }
-
-/// Applies edits to bytes: each writes some at an offset, or cuts the end off.
-pub fn edit(bytes: &mut Vec<u8>, edits: &[(u32, Vec<u8>)]) {
-    for (offset, with) in edits {
-        let at = *offset as usize % (bytes.len() + 1);
-        if with.is_empty() {
-            bytes.truncate(at);
-        } else {
-            let end = (at + with.len()).min(bytes.len());
-            bytes[at..end].copy_from_slice(&with[..end - at]);
-        }
-    }
-}

@@ -3,12 +3,13 @@
 
 #![no_main]
 
+mod edits;
 mod entries;
 
 use durovfs_journal::disk::Disk;
 use durovfs_journal::disk::memory::MemoryDisk;
 use durovfs_journal::{Journal, JournalOptions, Record};
-use durovfs_wire::{ClaimantId, Lsn};
+use durovfs_wire::{ClaimantId, Lsn, ReplicaId};
 use libfuzzer_sys::fuzz_target;
 use std::sync::{Arc, OnceLock, mpsc};
 
@@ -34,7 +35,7 @@ fn valid() -> &'static MemoryDisk {
             name: "app.db".into(),
             epoch: entries::EPOCH,
             claimant: ClaimantId::from_bytes([1; 16]),
-            generation: 1,
+            replica: Some(ReplicaId::from_bytes([2; 16])),
         };
         let parts = entries::entries(ENTRIES).into_iter().map(Record::Part);
         for record in std::iter::once(promise).chain(parts) {
@@ -53,7 +54,7 @@ fuzz_target!(|edits: Vec<(u8, u32, Vec<u8>)>| {
     let names = disk.list().expect("names");
     for (file, offset, with) in edits.into_iter().take(8) {
         let name = &names[usize::from(file) % names.len()];
-        disk.edit(name, |bytes| entries::edit(bytes, &[(offset, with)]));
+        disk.edit(name, |bytes| edits::edit(bytes, &[(offset, with)]));
     }
     let Ok((journal, states)) = Journal::open_on(Arc::new(disk), options()) else {
         return;
