@@ -5,7 +5,7 @@
 
 STEP is ["open", C, URI], ["close", C], ["sql", C, TEXT], ["blob", C, TABLE, COLUMN, ROW, OFFSET, HEX],
 ["backup", C, FILE] or ["backup_from", C, FILE]; C names a connection. Each answer is one line: the
-list of what the steps gave, rows or [code, text].
+list of what the steps gave, rows or [code, text]; where durovfs refused a commit [code, text, why].
 """
 
 import hashlib
@@ -87,6 +87,18 @@ def execute(connections, step):
     raise ValueError(kind)
 
 
+def failure(connection, error):
+    code = getattr(error, "sqlite_errorcode", type(error).__name__)
+    if code != sqlite3.SQLITE_IOERR_WRITE or connection is None:
+        return [code, str(error)]
+    schemas = [row[1] for row in connection.execute("PRAGMA database_list").fetchall()]
+    why = [
+        connection.execute("SELECT durovfs_status(?)", [schema]).fetchone()[0]
+        for schema in schemas
+    ]
+    return [code, str(error), *(f"{sqlite3.sqlite_version}: {status}" for status in why)]
+
+
 def run(steps):
     connections = {}
     results = []
@@ -94,7 +106,7 @@ def run(steps):
         try:
             results.append(execute(connections, step))
         except sqlite3.Error as error:
-            results.append([getattr(error, "sqlite_errorcode", type(error).__name__), str(error)])
+            results.append(failure(connections.get(step[1]), error))
         except (ValueError, IndexError) as error:
             results.append([type(error).__name__, str(error)])
     for name in sorted(connections):

@@ -25,8 +25,8 @@ const FIRST_SCRIPT: u64 = 1;
 const SCRIPTS_PER_CLUSTER: u64 = 100;
 /// Scripts in which durovfs was wrong once: a read-only connection's WAL was taken for that of the
 /// other connection, which then could not write; a connection in exclusive mode could not leave WAL
-/// mode.
-const ONCE_WRONG: [u64; 2] = [6065, 129_036_859_528_754];
+/// mode; a commit that a savepoint broke was acknowledged, and in no log.
+const ONCE_WRONG: [u64; 3] = [6065, 129_036_859_528_754, 166_558_433_884_659];
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// A Python process that executes scripts.
@@ -116,6 +116,10 @@ impl Sides {
             told.for_each(|((step, plain), found)| println!("{step}\n  {plain}\n  {found}"));
         }
         for (index, step) in steps.iter().enumerate() {
+            if is_the_savepoint_bug(&found[index]) {
+                println!("{replay}: ends with step {index}, a commit that SQLite would lose");
+                return;
+            }
             if expected[index] != found[index] {
                 let before = &steps[..index];
                 let before: String = before.iter().map(|step| format!("  {step}\n")).collect();
@@ -138,6 +142,23 @@ impl Sides {
             }
         }
     }
+}
+
+/// SQLite up to 3.49.1 acknowledges commits, after a savepoint took back frames, that it could not
+/// recover. They are refused: what follows has no plain counterpart.
+fn is_the_savepoint_bug(result: &Value) -> bool {
+    let Some([_, _, reasons @ ..]) = result.as_array().map(Vec::as_slice) else {
+        return false;
+    };
+    let mut reasons = reasons.iter().filter_map(Value::as_str);
+    reasons.any(|reason| {
+        let version: Vec<u32> = reason
+            .split([':', '.'])
+            .map_while(|part| part.parse().ok())
+            .collect();
+        reason.contains("SQLite could not recover this commit")
+            && version.as_slice() < [3, 50, 2].as_slice()
+    })
 }
 
 /// Names of what a script left, but for durovfs's own files.

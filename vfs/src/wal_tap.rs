@@ -11,7 +11,9 @@
 //! - A frame header with a database size and the WAL's salts is held, and its page with it: after a
 //!   WAL restart the old bytes behind a header alone may equal the new page.
 //! - One with zero salts passes; SQLite rewrites the headers of such a transaction when it commits,
-//!   and the last rewrite, of this header, completes it.
+//!   from the first overwritten frame on, and the last rewrite, of this header, completes it. SQLite
+//!   up to 3.49.1 keeps a first frame that a savepoint took back: when the commit frame lies before
+//!   it, no rewrite follows, and the commit is refused.
 //! - A chain that does not hold at the completing write is refused: SQLite up to 3.49.1 loses such
 //!   a commit, and all later ones, in a crash.
 //! - The frame last committed is never overwritten within its generation: a transaction's start is
@@ -143,6 +145,11 @@ pub struct WalTap {
     partial: Option<Partial>,
     held: Option<Held>,
     tail: Option<Tail>,
+    /// First frame whose header SQLite will rewrite when it commits (its `iReCksum`): the first
+    /// whose page was overwritten since it last wrote a header with salts.
+    rewrite_from: Option<u32>,
+    /// The frame whose header was written last: its page comes next, and overwrites nothing.
+    page_follows: Option<u32>,
     /// From an acknowledged commit until SQLite ended it: its last frame may come again.
     may_repeat: bool,
     builder: PayloadBuilder,
@@ -318,6 +325,8 @@ impl WalTap {
         self.streamed_parts = 0;
         self.completion = None;
         self.may_repeat = false;
+        self.rewrite_from = None;
+        self.page_follows = None;
     }
 
     /// Whether a commit frame is held whose page never came: the commit must not be taken for done.
@@ -470,6 +479,14 @@ impl WalTap {
             return Err(TapError::BrokenChain(frame));
         }
         let known = transaction.slots.get(index).copied();
+        if salted {
+            self.rewrite_from = None;
+        } else if header.commit_page_count != 0
+            && self.rewrite_from.is_none_or(|first| first > frame)
+        {
+            return Err(TapError::BrokenChain(frame));
+        }
+        self.page_follows = Some(frame);
         let rewritten = known.filter(|s| s.page_no == header.page_no && s.page.is_some());
         let is_commit = header.commit_page_count != 0;
         if is_commit && salted {
@@ -527,6 +544,10 @@ impl WalTap {
             }
             self.complete(file, frame, &header, image)?;
             return Ok(Flow::Complete);
+        }
+        if self.page_follows.take() != Some(frame) {
+            let first = self.rewrite_from.unwrap_or(frame);
+            self.rewrite_from = Some(first.min(frame));
         }
         let Some(transaction) = self.transaction.as_mut() else {
             return Err(TapError::Unexpected(format!(

@@ -261,6 +261,10 @@ struct Writer {
     chain: (u32, u32),
     frames: Vec<(u32, Vec<u8>)>,
     recompute: Option<usize>,
+    /// First frame without salts.
+    unsealed: Option<usize>,
+    /// SQLite up to 3.49.1: what a savepoint takes back stays the first to be rewritten.
+    keeps_recompute: bool,
 }
 
 impl Writer {
@@ -310,6 +314,9 @@ impl Writer {
             self.chain = sum(sum(self.chain, &head), image);
             Some(self.chain)
         };
+        if chain.is_none() {
+            self.unsealed = self.unsealed.or(Some(index));
+        }
         let header = self.frame_header(page, size, chain);
         self.frames.push((page, image.to_vec()));
         bench.write(self.offset(index), &header)
@@ -380,12 +387,21 @@ fn transaction(bench: &mut Bench, writer: &mut Writer, break_chain: bool) {
                 if let Some((count, chain)) = savepoint.take() {
                     writer.frames.truncate(count);
                     writer.chain = chain;
-                    writer.recompute = writer.recompute.filter(|first| *first < count);
+                    writer.unsealed = writer.unsealed.filter(|first| *first < count);
+                    if !writer.keeps_recompute {
+                        writer.recompute = writer.recompute.filter(|first| *first < count);
+                    }
+                    if bench.rng.random_bool(0.3) {
+                        break; // with little after it, the commit ends before what was overwritten
+                    }
                 }
             }
             _ => {
                 // Few pages and few contents, so that old bytes in the file are often the new ones.
-                let page = bench.rng.random_range(1..8);
+                // Behind a savepoint mostly others, so that what it takes back was overwritten
+                // there.
+                let other = savepoint.is_some() && bench.rng.random_bool(0.8);
+                let page = bench.rng.random_range(1..8) + if other { 8 } else { 0 };
                 let image = vec![bench.rng.random_range(0..3u8); PAGE];
                 going = going && writer.page(bench, page, &image, 0);
             }
@@ -402,7 +418,12 @@ fn transaction(bench: &mut Bench, writer: &mut Writer, break_chain: bool) {
         if break_chain {
             writer.chain.0 ^= 1;
         }
-        let broken = break_chain && writer.recompute.is_none();
+        let unsealed = writer.unsealed.unwrap_or(writer.frames.len());
+        let broken = match writer.recompute {
+            None => break_chain,
+            // Frames before it stay without salts; this commit's own will be one.
+            Some(first) => unsealed < first,
+        };
         let page = bench.rng.random_range(1..8);
         let image = vec![bench.rng.random_range(0..3u8); PAGE];
         writer.page(bench, page, &image, 9);
@@ -444,6 +465,7 @@ fn transaction(bench: &mut Bench, writer: &mut Writer, break_chain: bool) {
     }
     writer.frames.clear();
     writer.recompute = None;
+    writer.unsealed = None;
 }
 
 fn run(seed: u64) {
@@ -466,6 +488,8 @@ fn run(seed: u64) {
         chain: (0, 0),
         frames: Vec::new(),
         recompute: None,
+        unsealed: None,
+        keeps_recompute: seed % 2 == 0,
     };
     for _ in 0..12 {
         let break_chain = bench.rng.random_bool(0.1);

@@ -34,15 +34,24 @@ fn filled(host: &'static Host, path: &Path, vfs: &CStr) -> Db {
     db
 }
 
+/// What a savepoint takes back, when the transaction is small that is committed in its place.
+const TAKEN_BACK: [&str; 2] = [
+    // Old pages: they are written once more, and the commit reaches behind the overwritten frames.
+    "UPDATE t SET data = printf('%.*c', 3500, 'b'); \
+     UPDATE t SET data = printf('%.*c', 3500, 'c') WHERE id > 20",
+    // New pages: they are forgotten, and the commit ends before the overwritten frames.
+    "WITH n(i) AS (SELECT 200 UNION ALL SELECT i + 1 FROM n WHERE i < 240) \
+     INSERT INTO t SELECT i, printf('%.*c', 3500, 'b') FROM n; \
+     UPDATE t SET data = printf('%.*c', 3500, 'c') WHERE id > 220",
+];
+
 /// Frames are spilled, some of the last ones overwritten, and all taken back. SQLite still means to
 /// seal the frames from the overwritten ones on, and does not seal those that come in their place.
-fn savepoint(db: &Db) -> Result<(), Failure> {
-    db.must(
-        "PRAGMA cache_size=5; BEGIN; SAVEPOINT s; \
-         UPDATE t SET data = printf('%.*c', 3500, 'b'); \
-         UPDATE t SET data = printf('%.*c', 3500, 'c') WHERE id > 20; \
+fn savepoint(db: &Db, taken_back: &str) -> Result<(), Failure> {
+    db.must(&format!(
+        "PRAGMA cache_size=5; BEGIN; SAVEPOINT s; {taken_back}; \
          ROLLBACK TO s; INSERT INTO t VALUES (100, 'broken')",
-    );
+    ));
     db.run("COMMIT").map(drop)
 }
 
@@ -57,27 +66,34 @@ fn plain_sqlite_loses_commits_after_a_savepoint() {
         println!("SQLite {}: without the bug", host.version);
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("a.db");
-    let db = filled(host, &path, PLAIN);
-    savepoint(&db).unwrap();
-    db.must("INSERT INTO t VALUES (101, 'acknowledged')");
-    assert_eq!(db.must(COUNT), [["42", "1021"]]);
-    assert_eq!(recovered(host, &path, COUNT), [["40", "820"]]);
+    for taken_back in TAKEN_BACK {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let db = filled(host, &path, PLAIN);
+        savepoint(&db, taken_back).unwrap();
+        db.must("INSERT INTO t VALUES (101, 'acknowledged')");
+        assert_eq!(db.must(COUNT), [["42", "1021"]]);
+        assert_eq!(recovered(host, &path, COUNT), [["40", "820"]]);
+    }
 }
 
 /// Broken, a commit that SQLite would lose in a crash is acknowledged, with all later ones.
 #[test]
 fn a_commit_that_a_savepoint_broke_is_refused() {
-    for which in [Which::Oldest, Which::Newest] {
+    for (which, taken_back, mode) in [Which::Oldest, Which::Newest]
+        .into_iter()
+        .flat_map(|which| TAKEN_BACK.map(|taken_back| (which, taken_back)))
+        .flat_map(|(which, back)| ["NORMAL", "EXCLUSIVE"].map(|mode| (which, back, mode)))
+    {
         let host = which.host();
         let sink = shim(which);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.db");
         let name = path.to_str().unwrap();
         let db = filled(host, &path, DUROVFS);
+        db.must(&format!("PRAGMA locking_mode={mode}"));
         let before = sink.last_lsn(name);
-        let result = savepoint(&db);
+        let result = savepoint(&db, taken_back);
         let mut rows = (40, 820);
         if host.has_savepoint_bug() {
             assert_eq!(result.unwrap_err().code, sqlite::SQLITE_IOERR_WRITE);

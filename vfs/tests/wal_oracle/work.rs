@@ -229,6 +229,11 @@ impl Work {
             Ok(()) => {
                 // One completing write per transaction, and none for one that wrote nothing.
                 assert_eq!((logged, completed), (logged.min(1), logged), "{fault:?}");
+                let changed = rows != self.rows;
+                assert!(
+                    logged == 1 || !changed,
+                    "acknowledged, not logged: {fault:?}"
+                );
                 self.committed += logged as u32;
                 self.rows = rows.clone();
             }
