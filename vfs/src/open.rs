@@ -194,15 +194,8 @@ impl Opener<'_> {
         {
             return Ok(Next::Again);
         }
-        let wal_file = self.open_wal()?;
-        let survey = match &wal_file {
-            Some(wal) => WalSurvey::read(wal)?,
-            None => None,
-        };
-        let wal = wal_file
-            .as_ref()
-            .map(|wal| wal as &dyn BaseFile)
-            .zip(survey.as_ref());
+        let wal = self.survey_wal()?;
+        let wal = wal.as_ref().map(SurveyedWal::parts);
         let marked = existing.as_ref().map(|(_, state)| *state);
         if let Some(state) = marked
             && state.applying
@@ -364,6 +357,15 @@ impl Opener<'_> {
         }
     }
 
+    /// The WAL and what it holds; none where there is none, or one without a header.
+    fn survey_wal(&self) -> Result<Option<SurveyedWal>, Refusal> {
+        let Some(file) = self.open_wal()? else {
+            return Ok(None);
+        };
+        let survey = WalSurvey::read(&file)?;
+        Ok(survey.map(|survey| SurveyedWal { file, survey }))
+    }
+
     fn ready(&self, mark: Mark) -> Result<Next, Refusal> {
         // While the locks are held under which the file was found level.
         mark.hold_in_use()?;
@@ -390,7 +392,7 @@ impl Opener<'_> {
         let line = format!("{}: hydrate from the log", self.path.display());
         (self.surroundings.log)(LogLevel::Info, &line);
         let result = self.bring_level(Some((mark, state)), state, wal);
-        if result.is_err() && DatabaseIsEmpty::check(self.file) {
+        if result.is_err() && self.file.size().is_ok_and(|size| size == 0) {
             // Nothing was written: the next open begins where this one did.
             let path = mark_path(self.path);
             std::fs::remove_file(&path).map_err(|e| Refusal::io("remove mark", &path, &e))?;
@@ -771,17 +773,19 @@ impl Opener<'_> {
     }
 }
 
+struct SurveyedWal {
+    file: File,
+    survey: WalSurvey,
+}
+
+impl SurveyedWal {
+    fn parts(&self) -> (&dyn BaseFile, &WalSurvey) {
+        (&self.file, &self.survey)
+    }
+}
+
 /// Where the committed part of the WAL ends; none when nothing in it is committed.
 fn committed_end(wal: Option<(&dyn BaseFile, &WalSurvey)>) -> Option<WalPosition> {
     wal.filter(|(_, survey)| survey.page_count.is_some())
         .map(|(_, survey)| survey.end)
-}
-
-/// Whether a file has no content.
-struct DatabaseIsEmpty;
-
-impl DatabaseIsEmpty {
-    fn check(file: &dyn DatabaseFile) -> bool {
-        file.size().is_ok_and(|size| size == 0)
-    }
 }

@@ -5,14 +5,13 @@
 //! Who is still opening it says nothing of the file, and may yet fail; it is waited for. A process
 //! without durovfs says nothing either: beside it the file must be level as it is.
 
-use super::{BUSY_PAUSE, Next, Opener, committed_end, keep_local, resolution};
+use super::{BUSY_PAUSE, Next, Opener, SurveyedWal, committed_end, keep_local, resolution};
 use crate::connection::Surroundings;
 use crate::deferred;
 use crate::error::Refusal;
-use crate::file::BaseFile;
 use crate::mark::{Mark, MarkState, WalPosition, describe, with_suffix};
 use crate::resolve::way_out;
-use crate::survey::{Content, WalSurvey, committed_after};
+use crate::survey::{Content, committed_after};
 use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -63,15 +62,8 @@ impl Opener<'_> {
         if resolution::pending(self.path)?.is_some() || self.has_hot_journal()? {
             return Ok(Next::Again);
         }
-        let wal_file = self.open_wal()?;
-        let survey = match &wal_file {
-            Some(wal) => WalSurvey::read(wal)?,
-            None => None,
-        };
-        let wal = wal_file
-            .as_ref()
-            .map(|wal| wal as &dyn BaseFile)
-            .zip(survey.as_ref());
+        let wal = self.survey_wal()?;
+        let wal = wal.as_ref().map(SurveyedWal::parts);
         if self.looks_as_marked(&mark, &state, &last, committed_end(wal))? {
             return self.ready(mark);
         }

@@ -2,13 +2,12 @@
 //! transaction, as a whole image. The decision stands in a file beside the database until that is
 //! done, so that a crash anywhere leaves it to the next open.
 
-use super::{Next, Opener, committed_end};
+use super::{Next, Opener, SurveyedWal, committed_end};
 use crate::connection::LogLevel;
 use crate::deferred;
 use crate::error::Refusal;
-use crate::file::BaseFile;
 use crate::mark::{KnownTransaction, MarkState, with_suffix};
-use crate::survey::{Content, WalSurvey, is_not_empty};
+use crate::survey::{Content, is_not_empty};
 use durovfs_wire::LogPosition;
 use durovfs_wire::resolution::{RESOLUTION_SUFFIX, Resolution};
 use std::path::Path;
@@ -34,15 +33,8 @@ pub(super) fn pending(database_path: &Path) -> Result<Option<Resolution>, Refusa
 impl Opener<'_> {
     /// The mark counts no more: what it says of the file was true of another one.
     pub(super) fn carry_out(&self, resolution: &Resolution) -> Result<Next, Refusal> {
-        let wal_file = self.open_wal()?;
-        let survey = match &wal_file {
-            Some(wal) => WalSurvey::read(wal)?,
-            None => None,
-        };
-        let wal = wal_file
-            .as_ref()
-            .map(|wal| wal as &dyn BaseFile)
-            .zip(survey.as_ref());
+        let wal = self.survey_wal()?;
+        let wal = wal.as_ref().map(SurveyedWal::parts);
         let Some(content) = Content::new(self.file, wal)? else {
             return Err(self.refuse("the local file was to be kept, and is empty"));
         };
