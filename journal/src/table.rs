@@ -633,6 +633,15 @@ impl Table {
         self.base_transaction
     }
 
+    /// The record that cuts off the entry that is not complete, and nothing else.
+    pub(crate) fn cut_incomplete(&self) -> Stored {
+        Stored::Truncate {
+            database: self.state.database,
+            after: self.state.last,
+            last_transaction: self.state.last_transaction,
+        }
+    }
+
     /// The transactions of a range, at most `limit`.
     pub(crate) fn transactions(
         &self,

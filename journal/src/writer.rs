@@ -175,6 +175,7 @@ impl Writer {
         if clean {
             self.delete_unneeded();
         }
+        self.give_up_incomplete();
         self.compact();
         self.want_spare();
     }

@@ -77,6 +77,38 @@ fn a_database_that_keeps_its_entries_does_not_keep_the_segments_of_others() {
     }
 }
 
+/// Broken if this fails: a host that dies while it sends a large entry fills the journals of its
+/// replicas, for all databases, once and for all.
+#[test]
+fn an_entry_that_is_never_complete_does_not_keep_the_segments_of_others() {
+    let disk = MemoryDisk::default();
+    let journal = open_small(&disk);
+    for number in [1, 2] {
+        write(
+            &journal,
+            vec![promise(number, 1), start(number, 1, 1, None)],
+        )
+        .unwrap();
+    }
+    write(&journal, vec![pages(1, 1, 2, 0, vec![1; 9000])]).unwrap();
+    // As long as there is room it may still be completed.
+    churn(&journal, 2, 2..=20);
+    write(&journal, vec![pages(1, 1, 2, 1, vec![1; 9000])]).unwrap();
+    churn(&journal, 2, 21..=200);
+    let usage = journal.usage();
+    assert!((usage.segment_count as u64) < SEGMENTS_MAX, "{usage:?}");
+    let state = journal.state(database(1)).unwrap();
+    assert_eq!(state.last.lsn, Lsn::new(1));
+    write(&journal, vec![last_part(1, 1, 2, 2, vec![2; 9000])])
+        .expect_err("its first parts are gone");
+    journal.resume(database(1));
+    drop(journal);
+    let journal = open_small(&disk);
+    assert_eq!(journal.state(database(1)).unwrap(), state);
+    write(&journal, vec![transaction(1, 1, 2, vec![3; 3000])]).unwrap();
+    assert_eq!(read(&journal, 1, 1, 2).len(), 2);
+}
+
 /// Broken if this fails: a journal that is full of what is needed is written again and again.
 #[test]
 fn what_is_needed_is_not_moved_for_nothing() {

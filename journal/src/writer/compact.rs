@@ -2,9 +2,13 @@
 //! come after its first entry. What is still needed of the oldest segment is written once more, at
 //! the end, and the segment goes.
 //!
-//! Only when the journal fills up, and only when most of it is not needed: then each byte that is
-//! written again frees at least another one. A crash in between leaves both copies, which is as
-//! good as one: the old segment goes when the new copy is durable.
+//! An entry that is not complete cannot be moved, and keeps all segments after its first part's.
+//! Its sender may be gone for good. So when the journal is nearly full, such an entry is given up:
+//! who does write on is refused the next part, and begins the entry again or tells its client.
+//!
+//! Entries are moved only when the journal fills up, and only when most of it is not needed: then
+//! each byte that is written again frees at least another one. A crash in between leaves both
+//! copies, which is as good as one: the old segment goes when the new copy is durable.
 
 use super::Writer;
 use super::batch::{Batch, Encoded};
@@ -15,6 +19,7 @@ use crate::record::Stored;
 use crate::segments::{Segment, lock};
 use crate::table::{Location, Table};
 use durovfs_wire::entry::EntryPart;
+use durovfs_wire::ids::DatabaseId;
 use std::sync::Arc;
 
 /// Written again between two batches: a few milliseconds, for which commits wait.
@@ -23,6 +28,10 @@ const STEP_BYTES: u64 = 1 << 20;
 const CROWDED_SHARE: usize = 2;
 /// One byte in this many may be needed.
 const NEEDED_SHARE: u64 = 2;
+/// From here on, in percent of the segments, an entry that is not complete is given up if the
+/// oldest segment has parts of it. Above what the pages of a transaction that is still open may
+/// fill, below where nothing is taken any more.
+const INCOMPLETE_UP_TO_PERCENT: usize = 85;
 
 impl Writer {
     /// Does a step, if it is worth it.
@@ -49,23 +58,69 @@ impl Writer {
         self.delete_unneeded();
     }
 
+    /// Cuts entries off that are not complete and keep the oldest segment, when there is no room
+    /// for that.
+    pub(super) fn give_up_incomplete(&mut self) {
+        let cuts = self.incomplete_in_the_way();
+        if cuts.is_empty() {
+            return;
+        }
+        let mut batch = Batch::default();
+        for (database, cut) in cuts {
+            tracing::warn!(%database,
+                "the journal fills up: an entry that is not complete is given up");
+            if let Err(error) = self.add_own(&mut batch, (database, cut), &[], false) {
+                tracing::warn!(%error, "it could not be given up");
+            }
+        }
+        self.flush(batch);
+        self.delete_unneeded();
+    }
+
+    fn incomplete_in_the_way(&self) -> Vec<(DatabaseId, Stored)> {
+        let tables = lock(&self.shared.tables);
+        let taken_percent = tables.segments.len() * 100 / self.shared.segments_max().max(1);
+        let Some((first_sequence, oldest)) = tables.segments.first_key_value() else {
+            return Vec::new();
+        };
+        let active = self.needs_segment || Arc::ptr_eq(oldest, &self.active);
+        if active || taken_percent < INCOMPLETE_UP_TO_PERCENT {
+            return Vec::new();
+        }
+        let all = tables.databases.iter();
+        all.filter(|(_, table)| table.is_written_in(*first_sequence))
+            .map(|(database, table)| (*database, table.cut_incomplete()))
+            .collect()
+    }
+
     fn add_moved(&mut self, batch: &mut Batch, part: EntryPart) -> Result<(), JournalError> {
         let database = part.header.database;
         let stored = Stored::Moved(part.header);
+        self.add_own(batch, (database, stored), &part.payload, true)
+    }
+
+    /// Adds a record that nobody asked for.
+    fn add_own(
+        &mut self,
+        batch: &mut Batch,
+        (database, stored): (DatabaseId, Stored),
+        payload: &[u8],
+        has_parts: bool,
+    ) -> Result<(), JournalError> {
         let header = postcard::to_stdvec(&stored).map_err(|error| {
             let detail = error.to_string();
             JournalError::Refused { database, detail }
         })?;
         let mut encoded = Encoded {
             records: Vec::new(),
-            bytes: record_bytes(header.len(), part.payload.len()),
-            has_parts: true,
+            bytes: record_bytes(header.len(), payload.len()),
+            has_parts,
         };
         while !self.make_room(batch, &encoded)? {
             *batch = self.flush(std::mem::take(batch));
         }
         encoded.records.clear();
-        self.push_record(batch, stored, &header, &part.payload);
+        self.push_record(batch, stored, &header, payload);
         Ok(())
     }
 
