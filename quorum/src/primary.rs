@@ -467,7 +467,13 @@ impl Primary {
     fn feed_floor(&self) -> Lsn {
         let archive_lsn = self.archive_lsn();
         let retained = self.retained_lsn.and_then(Lsn::previous);
-        retained.map_or(archive_lsn, |gone_lsn| gone_lsn.min(archive_lsn))
+        let gone_lsn = retained.unwrap_or(archive_lsn).min(archive_lsn);
+        // A journal may remember the entries' epochs less far back than it holds them, though as
+        // far as they are not archived.
+        match self.history.runs().first() {
+            Some(oldest) if gone_lsn > Lsn::ZERO => gone_lsn.max(oldest.first_lsn),
+            _ => gone_lsn,
+        }
     }
 
     fn begin_claim(&mut self, claimant: ClaimantId) {

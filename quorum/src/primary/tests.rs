@@ -573,6 +573,36 @@ fn what_is_archived_is_not_fed_unless_it_is_retained() {
     }
 }
 
+// If this failed, the sidecar would die of an empty replica whenever it meets it.
+#[test]
+fn an_empty_replica_is_fed_from_where_the_epochs_are_known() {
+    let mut primary = primary(LocalLog {
+        last: at(9, 300),
+        first_lsn: Lsn::new(50),
+        commit_lsn: Lsn::new(300),
+        archive_lsn: Lsn::new(300),
+        history: runs(&[(8, 200), (9, 290)]),
+        ..LocalLog::default()
+    });
+    primary.handle_retained(Lsn::new(50));
+    primary.start_claim(claimant(1));
+    for name in ["a", "b", "c"] {
+        let mut promise = promise(&primary, 9, &[(8, 200), (9, 290)], 300);
+        (promise.commit_lsn, promise.archive_lsn) = (Lsn::new(300), Lsn::new(300));
+        send(&mut primary, name, promise);
+    }
+    primary.handle_appended(LogPosition::new(primary.epoch(), Lsn::new(301)));
+    effects(&mut primary);
+    let promise = promise(&primary, 0, &[], 0);
+    send(&mut primary, "d", promise);
+    let feed = PrimaryEffect::Feed {
+        node: node("d"),
+        next_lsn: Lsn::new(201),
+        previous: at(8, 200),
+    };
+    assert_eq!(effects(&mut primary), [feed]);
+}
+
 // If this failed, a new machine would ask for entries that the replicas have dropped.
 #[test]
 fn a_primary_far_behind_restarts_its_log_at_the_archive() {
