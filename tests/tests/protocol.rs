@@ -564,3 +564,32 @@ async fn a_refusal_of_what_came_on_a_stream_of_its_own_is_told_on_the_first() {
     }
     cluster.stop();
 }
+
+#[tokio::test]
+async fn a_question_about_an_lsn_that_no_log_gets_to_ends_the_stream_and_nothing_else() {
+    // Broken: whoever may open one database could end the sidecar, and with it all databases.
+    let mut cluster = Cluster::start(ClusterOptions::journals_keep_all());
+    let mut client = Client::open(&cluster.client_config(), 1).await;
+    for _ in 0..2 {
+        assert!(is_committed(&client.commit(10_000).await));
+    }
+    for base_lsn in [u64::MAX, u64::MAX - 1] {
+        let mut other = Client::open(&cluster.client_config(), 2).await;
+        let question = ClientMessage::Resolve {
+            request: 7,
+            database: other.database,
+            origin: Origin {
+                client: other.id,
+                sequence: 1,
+            },
+            base_lsn: Lsn::new(base_lsn),
+            timeout_ms: 5_000,
+        };
+        other.send(&question, Bytes::new()).await;
+        let answer = tokio::time::timeout(Duration::from_secs(30), other.receiver.recv());
+        let answer = answer.await.expect("an end in time");
+        assert!(!matches!(answer, Ok(Some(_))), "it was answered");
+    }
+    assert!(is_committed(&client.commit(10_000).await));
+    cluster.stop();
+}

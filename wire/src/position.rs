@@ -5,10 +5,22 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
+/// Numbers of entries from here on are refused in messages and records: no log gets as far, and
+/// from whatever is taken there is room to count on.
+const LSN_LIMIT: u64 = 1 << 63;
+/// The same of epochs.
+const EPOCH_LIMIT: u32 = 1 << 31;
+
+/// A number that no log gets to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{0} is beyond what any log gets to")]
+pub struct OutOfReach(u64);
+
 /// Position of an entry in one database's log: 1, 2, 3 … without gaps. Zero is before the first.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
 )]
+#[serde(try_from = "u64")]
 pub struct Lsn(u64);
 
 impl Lsn {
@@ -48,6 +60,17 @@ impl Lsn {
     }
 }
 
+impl TryFrom<u64> for Lsn {
+    type Error = OutOfReach;
+
+    fn try_from(number: u64) -> Result<Self, OutOfReach> {
+        match number < LSN_LIMIT {
+            true => Ok(Self(number)),
+            false => Err(OutOfReach(number)),
+        }
+    }
+}
+
 impl fmt::Display for Lsn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
@@ -58,6 +81,7 @@ impl fmt::Display for Lsn {
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
 )]
+#[serde(try_from = "u32")]
 pub struct Epoch(u32);
 
 impl Epoch {
@@ -82,6 +106,17 @@ impl Epoch {
         match self.0.checked_add(1) {
             Some(number) => Self(number),
             None => panic!("epoch overflow"),
+        }
+    }
+}
+
+impl TryFrom<u32> for Epoch {
+    type Error = OutOfReach;
+
+    fn try_from(number: u32) -> Result<Self, OutOfReach> {
+        match number < EPOCH_LIMIT {
+            true => Ok(Self(number)),
+            false => Err(OutOfReach(number.into())),
         }
     }
 }
@@ -203,6 +238,22 @@ impl Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_that_no_log_gets_to_are_refused_where_they_come_in() {
+        // Broken: counting on from what a peer or a client says could end the sidecar.
+        let last = (Lsn::new(LSN_LIMIT - 1), Epoch::new(EPOCH_LIMIT - 1));
+        let bytes = postcard::to_stdvec(&last).unwrap();
+        assert_eq!(postcard::from_bytes(&bytes), Ok(last));
+        for number in [LSN_LIMIT, u64::MAX] {
+            let bytes = postcard::to_stdvec(&Lsn::new(number)).unwrap();
+            assert!(postcard::from_bytes::<Lsn>(&bytes).is_err(), "{number}");
+        }
+        for number in [EPOCH_LIMIT, u32::MAX] {
+            let bytes = postcard::to_stdvec(&Epoch::new(number)).unwrap();
+            assert!(postcard::from_bytes::<Epoch>(&bytes).is_err(), "{number}");
+        }
+    }
 
     #[test]
     fn bookmarks_sort_as_text_the_way_they_sort_as_positions() {
