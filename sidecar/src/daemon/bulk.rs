@@ -54,10 +54,10 @@ pub struct BulkFeed {
 
 /// Sends the entries after `previous` up to `last_lsn` to a replica, then reports.
 pub fn spawn_feed(job: BulkFeed, journal: &Journal, link: Rc<Connection>, events: EventSender) {
-    let parts = read_parts(journal, job.database, job.previous.lsn.next(), job.last_lsn);
+    let journal = journal.clone();
     tokio::task::spawn_local(async move {
         let (database, node, feed) = (job.database, job.node.clone(), job.feed);
-        let result = feed_entries(job, parts, &link, &events).await;
+        let result = feed_entries(job, &journal, &link, &events).await;
         events
             .send(Event::BulkSent {
                 database,
@@ -71,7 +71,7 @@ pub fn spawn_feed(job: BulkFeed, journal: &Journal, link: Rc<Connection>, events
 
 async fn feed_entries(
     job: BulkFeed,
-    mut parts: mpsc::Receiver<Result<EntryPart, JournalError>>,
+    journal: &Journal,
     link: &Connection,
     events: &EventSender,
 ) -> Result<LogPosition, String> {
@@ -79,6 +79,9 @@ async fn feed_entries(
         .open_stream()
         .await
         .map_err(|error| error.to_string())?;
+    // Not before there is a stream: the threads that read are few, and shared by all databases.
+    let first_lsn = job.previous.lsn.next();
+    let mut parts = read_parts(journal, job.database, first_lsn, job.last_lsn);
     let mut previous = job.previous;
     let mut told = Instant::now();
     while let Some(part) = parts.recv().await {
@@ -108,6 +111,7 @@ async fn feed_entries(
                     database,
                     node,
                     feed,
+                    lsn: header.lsn,
                 })
                 .await;
         }

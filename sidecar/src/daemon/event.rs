@@ -94,11 +94,12 @@ pub enum Event {
         feed: u64,
         result: Result<LogPosition, String>,
     },
-    /// A bulk feed has moved on within a large entry.
+    /// A bulk feed moves: it is at this entry.
     BulkProgress {
         database: DatabaseId,
         feed: u64,
         node: NodeName,
+        lsn: Lsn,
     },
     /// An upload has ended.
     Uploaded {

@@ -24,6 +24,7 @@ mod replica;
 mod requests;
 mod scrub;
 mod server;
+mod settled;
 mod status;
 mod streaming;
 mod uploader;
@@ -48,6 +49,9 @@ const EVENT_BATCH: usize = 512;
 const EVENT_QUEUE: usize = 4096;
 /// Resolution of deadlines, heartbeats and upload thresholds.
 const TICK: Duration = Duration::from_millis(50);
+
+/// What the last answers have to leave the sockets in.
+const LAST_ANSWERS: Duration = Duration::from_millis(100);
 
 /// Runs a sidecar until it is told to stop (SIGTERM or SIGINT).
 ///
@@ -117,6 +121,8 @@ async fn run_local(config: SidecarConfig) -> anyhow::Result<()> {
         }
     }
     let unfinished = node.finish();
+    // The outcomes of the last commits leave before their connections are closed.
+    tokio::time::sleep(LAST_ANSWERS).await;
     endpoint.close("the sidecar stops");
     anyhow::ensure!(
         unfinished.is_empty(),

@@ -5,6 +5,7 @@ use super::copies::Copies;
 use super::crowding::HeldAnswers;
 use super::event::{Event, EventSender, JournalEvent, SessionId};
 use super::opening::Finding;
+use super::outbox::Outbox;
 use super::peers::Peer;
 use super::primary::PrimaryDatabase;
 use super::replica::{Inbound, ReplicaDatabase};
@@ -12,7 +13,7 @@ use crate::config::SidecarConfig;
 use durovfs_archive::store::Store;
 use durovfs_journal::{DatabaseState, Journal};
 use durovfs_link::Endpoint;
-use durovfs_wire::{ClaimantId, DatabaseId, Member, Membership, NodeName};
+use durovfs_wire::{ClaimantId, DatabaseId, Lsn, Member, Membership, NodeName};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -203,16 +204,9 @@ impl Node {
                 payload,
                 permit,
             } => {
-                let heard = Instant::now();
-                self.inbound.insert(
-                    node.clone(),
-                    Inbound {
-                        session,
-                        shared,
-                        heard,
-                    },
-                );
-                self.handle_from_primary(&node, &outbox, message, payload, permit);
+                if self.note_heard(&node, session, shared) {
+                    self.handle_from_primary(&node, &outbox, message, payload, permit);
+                }
             }
             Event::PrimaryLost { node, session } => self.primary_lost(&node, session),
             Event::FromClient {
@@ -259,8 +253,9 @@ impl Node {
                 database,
                 feed,
                 node,
+                lsn,
             } => {
-                self.handle_bulk_progress(database, &node, feed);
+                self.handle_bulk_progress(database, &node, feed, lsn);
             }
             Event::Uploaded { database, result } => self.handle_uploaded(database, result),
             Event::OrphanUploaded { database, result } => {
@@ -272,6 +267,23 @@ impl Node {
             // Everything else has been taken by the caller.
             _ => {}
         }
+    }
+
+    /// Notes who is to be answered. False for what was on its way on an older connection than the
+    /// node's newest: that is lost, as the connection is.
+    fn note_heard(&mut self, node: &NodeName, session: SessionId, shared: Outbox) -> bool {
+        let known = self.inbound.get(node);
+        if known.is_some_and(|inbound| inbound.session > session) {
+            return false;
+        }
+        let heard = Instant::now();
+        let inbound = Inbound {
+            session,
+            shared,
+            heard,
+        };
+        self.inbound.insert(node.clone(), inbound);
+        true
     }
 
     fn primary_lost(&mut self, node: &NodeName, session: SessionId) {
@@ -299,8 +311,9 @@ impl Node {
         }
     }
 
-    /// A large entry moves: whoever waits for it waits on.
-    fn handle_bulk_progress(&mut self, database: DatabaseId, node: &NodeName, feed: u64) {
+    /// A large entry moves: whoever waits for it waits on. What a replica lacks of older entries
+    /// is nothing that anybody waits for.
+    fn handle_bulk_progress(&mut self, database: DatabaseId, node: &NodeName, feed: u64, lsn: Lsn) {
         use super::feed::FeedState;
         let Some(db) = self.primaries.get_mut(&database) else {
             return;
@@ -310,6 +323,10 @@ impl Node {
             .get(node)
             .is_none_or(|known| known.state != (FeedState::Bulk { feed }))
         {
+            return;
+        }
+        let oldest = db.pending.front();
+        if oldest.is_none_or(|oldest| lsn < oldest.summary.position.lsn) {
             return;
         }
         for pending in &mut db.pending {

@@ -10,6 +10,10 @@ use tokio::sync::{Notify, mpsc};
 /// Bytes that may wait for one peer. A level replica that is further behind than this is fed from
 /// the journal instead; a client that does not read its answers is cut off.
 pub const OUTBOX_LIMIT_BYTES: usize = 8 << 20;
+/// Room for answers and questions when the queue is full of entries: they are small, and each is
+/// said once. Who has left this much unread as well is cut off, and begins anew with another
+/// connection.
+const ANSWER_ROOM_BYTES: usize = 1 << 20;
 /// Frames written per call: the answers to one group commit leave together.
 const WRITE_BATCH: usize = 256;
 
@@ -19,6 +23,7 @@ pub struct Outbox {
     frames: mpsc::UnboundedSender<Frame>,
     queued_bytes: Rc<Cell<usize>>,
     written: Rc<Notify>,
+    cut: Rc<Notify>,
 }
 
 /// Why a frame was not queued.
@@ -40,10 +45,19 @@ impl Outbox {
         let queued = Rc::clone(&queued_bytes);
         let written = Rc::new(Notify::new());
         let wakes = Rc::clone(&written);
+        let cut = Rc::new(Notify::new());
+        let cuts = Rc::clone(&cut);
         tokio::task::spawn_local(async move {
             let mut batch = Vec::with_capacity(WRITE_BATCH);
             while queue.recv_many(&mut batch, WRITE_BATCH).await > 0 {
-                if let Err(error) = sender.send(&batch).await {
+                let sent = tokio::select! {
+                    sent = sender.send(&batch) => sent.map_err(|error| error.to_string()),
+                    () = cuts.notified() => {
+                        sender.reset();
+                        Err("too much is unread".to_owned())
+                    }
+                };
+                if let Err(error) = sent {
                     tracing::debug!(%error, "stream ended while sending");
                     queue.close();
                     wakes.notify_waiters();
@@ -61,13 +75,18 @@ impl Outbox {
             frames,
             queued_bytes,
             written,
+            cut,
         }
     }
 
     /// Queues an encoded frame.
     pub fn push(&self, frame: Frame) -> Result<(), NotQueued> {
+        self.push_within(frame, OUTBOX_LIMIT_BYTES)
+    }
+
+    fn push_within(&self, frame: Frame, limit_bytes: usize) -> Result<(), NotQueued> {
         let queued = self.queued_bytes.get() + frame.len();
-        if queued > OUTBOX_LIMIT_BYTES {
+        if queued > limit_bytes {
             return Err(NotQueued::Full);
         }
         self.frames.send(frame).map_err(|_| NotQueued::Closed)?;
@@ -91,10 +110,140 @@ impl Outbox {
         self.push(Frame::encode(message, bytes::Bytes::new()).map_err(NotQueued::TooLarge)?)
     }
 
-    /// Queues an answer; one that cannot be queued is for somebody who is gone or does not read.
+    /// Queues what is said once, and is not missed by who is gone. Who does not read is cut off:
+    /// the stream ends, so that the other side does not wait for what was not sent.
     pub fn answer<M: Serialize>(&self, message: &M) {
-        if let Err(reason) = self.send(message) {
+        let frame = Frame::encode(message, bytes::Bytes::new()).map_err(NotQueued::TooLarge);
+        let limit_bytes = OUTBOX_LIMIT_BYTES + ANSWER_ROOM_BYTES;
+        let queued = frame.and_then(|frame| self.push_within(frame, limit_bytes));
+        if let Err(reason) = queued {
             tracing::debug!(?reason, "an answer was not sent");
+            if reason == NotQueued::Full {
+                self.cut.notify_one();
+            }
         }
+    }
+
+    /// Whether the stream has ended, from this side or the other.
+    pub fn is_closed(&self) -> bool {
+        self.frames.is_closed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use durovfs_link::{Connection, Endpoint, FrameReceiver, Identity, Profile, authority};
+    use durovfs_wire::NodeName;
+    use std::time::Duration;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    fn identity(folder: &std::path::Path, authority: &authority::Authority) -> Identity {
+        let name: NodeName = "a".parse().unwrap();
+        let file = |name: &str| folder.join(name);
+        authority.write(folder).unwrap();
+        let pair = authority.issue_node(&name).unwrap();
+        pair.write(&file("a.pem"), &file("a-key.pem")).unwrap();
+        let ca = file(authority::CA_CERTIFICATE_FILE);
+        Identity::load(&ca, &file("a.pem"), &file("a-key.pem")).unwrap()
+    }
+
+    /// A stream to a peer that has not begun to read, both ends' connections, and the peer's half.
+    async fn unread() -> (Outbox, FrameReceiver, (Connection, Connection, Endpoint)) {
+        let folder = tempfile::tempdir().unwrap();
+        let identity = identity(folder.path(), &authority::create().unwrap());
+        let any_port = "127.0.0.1:0".parse().unwrap();
+        let server = Endpoint::bind(any_port, &identity, Profile::Auto).unwrap();
+        let client = Endpoint::client(&identity, Profile::Auto).unwrap();
+        let name = "a".parse().unwrap();
+        let (near, far) =
+            tokio::join!(client.connect(server.local_addr().unwrap(), &name), async {
+                server.accept().await.unwrap().handshake().await.unwrap()
+            });
+        let near = near.unwrap();
+        let (sender, _) = near.open_stream().await.unwrap();
+        let outbox = Outbox::spawn(sender);
+        outbox.answer(&0u64);
+        let (_, receiver) = far.accept_stream().await.unwrap();
+        (outbox, receiver, (near, far, server))
+    }
+
+    /// Queues entries until there is no room, also when what the connection takes has left.
+    async fn fill(outbox: &Outbox) -> u64 {
+        let entry = Frame::encode(&1u64, Bytes::from(vec![7; 1 << 20])).unwrap();
+        let mut queued = 0;
+        let mut pauses = 0;
+        while pauses < 3 {
+            match outbox.push(entry.clone()) {
+                Ok(()) => {
+                    queued += 1;
+                    pauses = 0;
+                }
+                Err(reason) => {
+                    assert_eq!(reason, NotQueued::Full);
+                    pauses += 1;
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+        queued
+    }
+
+    #[tokio::test]
+    async fn what_is_said_once_has_room_behind_entries_that_fill_the_queue() {
+        // Broken: a claim to a replica whose disk hangs for a moment would be lost, and the replica
+        // stay out for good.
+        let local = tokio::task::LocalSet::new();
+        local
+            .run_until(async {
+                let (outbox, mut receiver, _ends) = unread().await;
+                let entries = fill(&outbox).await;
+                outbox.answer(&2u64);
+                let mut frames = 0;
+                loop {
+                    let frame = tokio::time::timeout(PATIENCE, receiver.recv()).await;
+                    let frame = frame.unwrap().unwrap().unwrap();
+                    if frame.message::<u64>().unwrap() == 2 {
+                        break;
+                    }
+                    frames += 1;
+                }
+                assert_eq!(frames, entries + 1);
+                assert!(!outbox.is_closed());
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn who_reads_nothing_is_cut_off_and_learns_it() {
+        // Broken: the other side would wait for an answer that was thrown away.
+        let local = tokio::task::LocalSet::new();
+        local
+            .run_until(async {
+                let (outbox, mut receiver, _ends) = unread().await;
+                fill(&outbox).await;
+                for _ in 0..ANSWER_ROOM_BYTES {
+                    outbox.answer(&2u64);
+                }
+                let ended = async {
+                    while !outbox.is_closed() {
+                        tokio::time::sleep(Duration::from_millis(10)).await;
+                    }
+                    loop {
+                        match receiver.recv().await {
+                            Ok(Some(_)) => {}
+                            ended => return ended,
+                        }
+                    }
+                };
+                let ended = tokio::time::timeout(PATIENCE, ended).await;
+                assert!(
+                    ended.unwrap().is_err(),
+                    "it must not look like a whole answer"
+                );
+            })
+            .await;
     }
 }

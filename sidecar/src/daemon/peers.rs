@@ -109,11 +109,15 @@ impl Peer {
         self.link.as_ref().is_some_and(|link| !link.is_silent(now))
     }
 
-    /// Asks for a sign of life when it is time.
+    /// Asks for a sign of life when it is time, and gives up a connection without its shared
+    /// stream: what was not sent on it is asked again on the next one.
     pub fn tick(&mut self, now: Instant) {
-        if let Some(link) = &mut self.link
-            && now.duration_since(link.last_ping) >= PING_INTERVAL
-        {
+        let Some(link) = &mut self.link else {
+            return;
+        };
+        if link.outbox.is_closed() {
+            link.connection.close("its shared stream has ended");
+        } else if now.duration_since(link.last_ping) >= PING_INTERVAL {
             link.ping(now);
         }
     }
@@ -151,7 +155,7 @@ async fn keep_connected(
     let mut pause = RECONNECT_PAUSE_FIRST;
     for session in 0u64.. {
         let session = SessionId(session);
-        let error = match connect(&node, &address, &endpoint).await {
+        let error = match connect(&node, &address, &endpoint, session).await {
             Err(error) => error,
             Ok((connection, outbox, receiver)) => {
                 pause = RECONNECT_PAUSE_FIRST;
@@ -192,11 +196,16 @@ async fn connect(
     node: &NodeName,
     address: &str,
     endpoint: &Endpoint,
+    SessionId(attempt): SessionId,
 ) -> Result<(Connection, Outbox, FrameReceiver), String> {
-    let resolved = tokio::net::lookup_host(address)
-        .await
+    let found = tokio::net::lookup_host(address).await;
+    let found: Vec<_> = found
         .map_err(|error| format!("look up {address}: {error}"))?
-        .next()
+        .collect();
+    // A name may have addresses that lead nowhere: each attempt takes the next one.
+    let resolved = (attempt as usize)
+        .checked_rem(found.len())
+        .map(|index| found[index])
         .ok_or_else(|| format!("look up {address}: no address"))?;
     let connection = endpoint
         .connect(resolved, node)

@@ -7,6 +7,7 @@ use super::members::{HeldWrite, Members};
 use super::node::{Node, new_claimant};
 use super::opening::Waiter;
 use super::outbox::Outbox;
+use super::settled::SettledCommits;
 use super::streaming::Streamed;
 use super::uploader::UploadState;
 use bytes::Bytes;
@@ -17,8 +18,8 @@ use durovfs_wire::client::{CommitOutcome, SidecarMessage};
 use durovfs_wire::entry::{CommitHeader, Origin, TransactionSummary};
 use durovfs_wire::peer::PrimaryMessage;
 use durovfs_wire::{
-    ClaimantId, ClientId, DatabaseId, EntryPart, Epoch, Frame, LogPosition, Lsn, Membership,
-    NodeName, PartHeader, PartKind, Timestamp,
+    ClaimantId, DatabaseId, EntryPart, Epoch, Frame, LogPosition, Lsn, Membership, NodeName,
+    PartHeader, PartKind, Timestamp,
 };
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -29,9 +30,6 @@ const BURY_SHARE: u32 = 5;
 const BURY_TIME_MAX: Duration = Duration::from_millis(1500);
 /// The answer leaves this long before the client's own clock runs out.
 const ANSWER_MARGIN: Duration = Duration::from_millis(200);
-/// Clients whose last settled commit is remembered per database. Needed only for messages that a
-/// broken connection still delivers, a moment later.
-const SETTLED_CLIENTS_MAX: usize = 1024;
 /// Commits of one database whose outcome is open: above what a client's window lets it send, so
 /// that only a client that breaks its own rule meets it.
 const PENDING_COMMITS_MAX: usize = 4096;
@@ -81,8 +79,8 @@ pub struct PrimaryDatabase {
     pub taken_from: Option<NodeName>,
     /// Who took over, or stands in the way, as far as a replica told.
     pub successor: Option<NodeName>,
-    /// Commits of these clients up to these sequence numbers are settled: a late one is refused.
-    pub settled: BTreeMap<ClientId, u64>,
+    /// Commits of which it is certain what became of them: a late one is refused.
+    pub settled: SettledCommits,
     /// The archive's side.
     pub upload: UploadState,
     /// The change of its members.
@@ -161,7 +159,7 @@ impl PrimaryDatabase {
             forced: false,
             taken_from: None,
             successor: None,
-            settled: BTreeMap::new(),
+            settled: SettledCommits::default(),
             upload: UploadState::default(),
             members: Members::default(),
         }
@@ -170,15 +168,6 @@ impl PrimaryDatabase {
     /// Whether commits may be taken.
     pub fn is_open(&self) -> bool {
         self.machine.state() == PrimaryState::Leading && self.own_trouble.is_none()
-    }
-
-    /// Commits of this client up to this one are settled from now on.
-    pub fn note_settled(&mut self, origin: Origin) {
-        if self.settled.len() >= SETTLED_CLIENTS_MAX {
-            self.settled.pop_first();
-        }
-        let settled = self.settled.entry(origin.client).or_default();
-        *settled = origin.sequence.max(*settled);
     }
 
     /// Makes a new attempt to win an epoch.
@@ -283,9 +272,8 @@ impl Node {
         };
         match self.check_commit(&request) {
             Err(outcome) => {
-                if let Some(db) = self.primaries.get_mut(&database) {
-                    db.streamed = None;
-                }
+                let transaction = (request.session, request.commit.origin.sequence);
+                self.give_up_transaction(database, transaction);
                 answer_commit(database, vec![waiter], &outcome);
             }
             Ok((position, part)) => self.send_commit(request, waiter, position, part),
@@ -302,11 +290,7 @@ impl Node {
             return refuse("the database is not open at this sidecar".to_owned());
         };
         let origin = request.commit.origin;
-        if db
-            .settled
-            .get(&origin.client)
-            .is_some_and(|settled| *settled >= origin.sequence)
-        {
+        if db.settled.has(origin) {
             return refuse("the commit was settled before it arrived".to_owned());
         }
         if let PrimaryState::Fenced { .. } = db.machine.state() {
@@ -554,7 +538,7 @@ impl Node {
             position.lsn <= through.lsn && position.epoch == through.epoch
         }) {
             db.last_transaction = Some(pending.summary);
-            db.note_settled(pending.summary.commit.origin);
+            db.settled.note(pending.summary.commit.origin);
             let position = pending.summary.position;
             let outcome = CommitOutcome::Committed { position };
             self.held_answers
@@ -578,7 +562,7 @@ impl Node {
                 },
                 certain => certain,
             };
-            db.note_settled(origin);
+            db.settled.note(origin);
             answer_commit(database, pending.waiters, &outcome);
         }
     }
@@ -589,7 +573,7 @@ impl Node {
             return;
         };
         for pending in std::mem::take(&mut db.pending) {
-            db.note_settled(pending.summary.commit.origin);
+            db.settled.note(pending.summary.commit.origin);
             let reason = "no quorum of replicas acked; the entry was buried".to_owned();
             answer_commit(
                 database,

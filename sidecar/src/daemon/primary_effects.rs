@@ -197,6 +197,9 @@ impl Node {
         let Some(db) = self.primaries.get_mut(&database) else {
             return;
         };
+        if db.own_trouble.is_some() {
+            return; // it is opened once more, with all that our own journal lacks now
+        }
         tracing::info!(name = %db.name, %epoch, %end, "the log is open");
         db.failed_claims = 0;
         db.successor = None;
@@ -234,7 +237,7 @@ impl Node {
                     let outcome =
                         super::requests::resolve(db, &self.primary_journal, origin, base_lsn);
                     if let CommitOutcome::Behind { .. } = outcome {
-                        db.note_settled(origin);
+                        db.settled.note(origin);
                         let commit = ArchivedCommit {
                             database,
                             request,

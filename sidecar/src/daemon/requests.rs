@@ -332,7 +332,7 @@ pub fn resolve(
         reason: "the log does not have the commit".to_owned(),
     };
     let Some(last) = db.last_transaction else {
-        db.note_settled(origin);
+        db.settled.note(origin);
         return not_committed();
     };
     if last.commit.origin == origin {
@@ -358,7 +358,7 @@ pub fn resolve(
         || last.position.lsn <= base_lsn
         || last.commit.base_lsn == base_lsn
     {
-        db.note_settled(origin);
+        db.settled.note(origin);
         return not_committed();
     }
     CommitOutcome::Behind {

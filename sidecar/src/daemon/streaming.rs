@@ -80,8 +80,8 @@ impl Node {
             .next_lsn()
             .filter(|_| db.is_open() && db.pending.is_empty())
         else {
-            db.streamed = None; // its commit will be refused: parts are missing
-            return;
+            // Its commit will be refused: parts are missing.
+            return self.give_up_streamed(database);
         };
         let position = LogPosition::new(db.machine.epoch(), lsn);
         let part = match &db.streamed {
@@ -101,8 +101,7 @@ impl Node {
         let entry = EntryPart { header, payload };
         if let Err(error) = entry.slots() {
             tracing::error!(name = %db.name, %error, "pages refused");
-            db.streamed = None;
-            return;
+            return self.give_up_streamed(database);
         }
         db.streamed = Some(Streamed {
             session,
@@ -144,10 +143,14 @@ impl Node {
         if self.hold_write(database, write).is_none() {
             return;
         }
-        if let Some(db) = self.primaries.get_mut(&database)
-            && let Some(open) = &db.streamed
-            && open.is_of((session, sequence))
-        {
+        self.give_up_transaction(database, (session, sequence));
+    }
+
+    /// This transaction will not be committed.
+    pub fn give_up_transaction(&mut self, database: DatabaseId, transaction: (SessionId, u64)) {
+        let db = self.primaries.get(&database);
+        let open = db.and_then(|db| db.streamed.as_ref());
+        if open.is_some_and(|open| open.is_of(transaction)) {
             self.give_up_streamed(database);
         }
     }

@@ -163,9 +163,12 @@ impl Node {
         db.upload.failures = 0;
         db.upload.retry_at = None;
         db.upload.last_error = None;
-        db.upload.listed = true;
-        if uploaded.last_lsn > db.machine.archive_lsn() {
-            db.machine.handle_archived(uploaded.last_lsn);
+        // A machine that began again meanwhile may not know yet that so much is committed. The next
+        // upload finds out what of its range is there.
+        let archived_lsn = uploaded.last_lsn.min(db.machine.commit_lsn());
+        db.upload.listed = archived_lsn == uploaded.last_lsn;
+        if archived_lsn > db.machine.archive_lsn() {
+            db.machine.handle_archived(archived_lsn);
             self.note_own_archived(database);
         }
         self.commits_untold.insert(database);
