@@ -6,7 +6,7 @@ use durovfs_tests::cluster::{Cluster, ClusterOptions, text};
 use durovfs_tests::image::{assert_same, image_of};
 use durovfs_tests::outcomes::{Told, Writer, create_tables};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(120);
 /// Transactions of 200 kB that no journal here could hold.
@@ -226,4 +226,67 @@ fn a_transaction_too_large_for_the_primarys_journal_is_refused_alone() {
 fn a_transaction_too_large_for_the_replicas_is_refused_and_leaves_room() {
     // Broken: the half of it that replicas hold is never given up, and nothing commits any more.
     too_large_for(&["replica-1", "replica-2", "replica-3"], ("32MiB", 60));
+}
+
+#[test]
+fn a_transaction_that_stays_open_does_not_keep_a_journal_full() {
+    // Broken: what one application has sent of a transaction, and neither commits nor takes back,
+    // keeps all that comes after it; in the end no database of that host commits.
+    let mut cluster = Cluster::start(ClusterOptions {
+        replicas: 3,
+        ..ClusterOptions::default()
+    });
+    let small = [("segment_bytes", "4MiB"), ("limit_bytes", "32MiB")];
+    restart_with(&cluster, "primary", &small);
+    let (open, other) = (
+        cluster.scratch().join("open.db"),
+        cluster.scratch().join("other.db"),
+    );
+    let mut idle = App::open(&cluster, &open);
+    // Pages that do not fit its cache are sent while the transaction is open.
+    idle.run("PRAGMA journal_mode=WAL");
+    idle.run("PRAGMA cache_size=-1024");
+    idle.run("CREATE TABLE t (n INTEGER PRIMARY KEY, payload BLOB)");
+    idle.run("BEGIN");
+    for _ in 0..6 {
+        idle.run("INSERT INTO t (payload) VALUES (randomblob(1000000))");
+    }
+    let mut busy = App::open(&cluster, &other);
+    busy.run("CREATE TABLE t (n INTEGER PRIMARY KEY, payload BLOB)");
+    let deadline = Instant::now() + LIMIT;
+    let mut rows = 0u64;
+    // Several times what the journal holds.
+    while rows < 600 {
+        match insert(&mut busy) {
+            Ok(()) => rows += 1,
+            Err(NOT_COMMITTED) => std::thread::sleep(Duration::from_millis(100)),
+            Err(code) => panic!("code {code}\n{}", cluster.logs()),
+        }
+        assert!(
+            Instant::now() < deadline,
+            "no room after {rows} rows\n{}",
+            cluster.logs()
+        );
+    }
+    let refused = idle
+        .execute("COMMIT")
+        .result
+        .expect_err("its pages are gone");
+    assert_eq!(refused.code, NOT_COMMITTED, "{refused:?}");
+    let taken = (0..100).any(|_| {
+        let result = insert(&mut idle);
+        if result.is_err() {
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        result.is_ok()
+    });
+    assert!(taken, "nothing is taken any more\n{}", cluster.logs());
+    assert_eq!(idle.value("SELECT count(*) FROM t"), 1);
+    idle.close();
+    busy.close();
+    for database in [&open, &other] {
+        cluster.wait_archived(database, LIMIT);
+    }
+    cluster.stop();
+    check_archive(&cluster, &open);
 }
