@@ -170,21 +170,24 @@ mod tests {
         (outbox, receiver, (near, far, server))
     }
 
-    /// Queues entries until there is no room, also when what the connection takes has left.
+    /// Queues entries until there is no room for the smallest, also when what the connection takes
+    /// has left.
     async fn fill(outbox: &Outbox) -> u64 {
-        let entry = Frame::encode(&1u64, Bytes::from(vec![7; 1 << 20])).unwrap();
         let mut queued = 0;
-        let mut pauses = 0;
-        while pauses < 3 {
-            match outbox.push(entry.clone()) {
-                Ok(()) => {
-                    queued += 1;
-                    pauses = 0;
-                }
-                Err(reason) => {
-                    assert_eq!(reason, NotQueued::Full);
-                    pauses += 1;
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+        for payload_bytes in [1 << 20, 1 << 10, 0] {
+            let entry = Frame::encode(&1u64, Bytes::from(vec![7; payload_bytes])).unwrap();
+            let mut pauses = 0;
+            while pauses < 3 {
+                match outbox.push(entry.clone()) {
+                    Ok(()) => {
+                        queued += 1;
+                        pauses = 0;
+                    }
+                    Err(reason) => {
+                        assert_eq!(reason, NotQueued::Full);
+                        pauses += 1;
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
                 }
             }
         }
