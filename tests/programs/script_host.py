@@ -87,9 +87,9 @@ def execute(connections, step):
     raise ValueError(kind)
 
 
-def failure(connection, error):
+def failure(connection, error, protected):
     code = getattr(error, "sqlite_errorcode", type(error).__name__)
-    if code != sqlite3.SQLITE_IOERR_WRITE or connection is None:
+    if not protected or code != sqlite3.SQLITE_IOERR_WRITE or connection is None:
         return [code, str(error)]
     schemas = [row[1] for row in connection.execute("PRAGMA database_list").fetchall()]
     why = [
@@ -99,14 +99,14 @@ def failure(connection, error):
     return [code, str(error), *(f"{sqlite3.sqlite_version}: {status}" for status in why)]
 
 
-def run(steps):
+def run(steps, protected):
     connections = {}
     results = []
     for step in steps:
         try:
             results.append(execute(connections, step))
         except sqlite3.Error as error:
-            results.append(failure(connections.get(step[1]), error))
+            results.append(failure(connections.get(step[1]), error, protected))
         except (ValueError, IndexError) as error:
             results.append([type(error).__name__, str(error)])
     for name in sorted(connections):
@@ -115,16 +115,18 @@ def run(steps):
 
 
 def main():
+    protected = False
     for line in sys.stdin:
         request = json.loads(line)
         if "extension" in request:
             loader = sqlite3.connect(":memory:")
             loader.enable_load_extension(True)
             loader.load_extension(request["extension"])
+            protected = True
             print("[]", flush=True)
             continue
         os.chdir(request["directory"])
-        print(json.dumps(run(request["steps"])), flush=True)
+        print(json.dumps(run(request["steps"], protected)), flush=True)
 
 
 main()

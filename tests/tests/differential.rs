@@ -116,18 +116,19 @@ impl Sides {
             told.for_each(|((step, plain), found)| println!("{step}\n  {plain}\n  {found}"));
         }
         for (index, step) in steps.iter().enumerate() {
+            if expected[index] == without_reasons(&found[index]) {
+                continue;
+            }
             if is_the_savepoint_bug(&found[index]) {
                 println!("{replay}: ends with step {index}, a commit that SQLite would lose");
                 return;
             }
-            if expected[index] != found[index] {
-                let before = &steps[..index];
-                let before: String = before.iter().map(|step| format!("  {step}\n")).collect();
-                panic!(
-                    "{replay}: step {index} differs\n{before}  {step}\nplain: {}\ndurovfs: {}",
-                    expected[index], found[index]
-                );
-            }
+            let before = &steps[..index];
+            let before: String = before.iter().map(|step| format!("  {step}\n")).collect();
+            panic!(
+                "{replay}: step {index} differs\n{before}  {step}\nplain: {}\ndurovfs: {}",
+                expected[index], found[index]
+            );
         }
         assert_eq!(expected_files, files(&directory), "{replay}: files left");
         for file in expected_files.iter().filter(|file| file.ends_with(".db")) {
@@ -141,6 +142,14 @@ impl Sides {
                 assert_same(&what, &plain, &durovfs);
             }
         }
+    }
+}
+
+/// What a step gave, but for why durovfs refused it.
+fn without_reasons(result: &Value) -> Value {
+    match result.as_array().map(Vec::as_slice) {
+        Some([code, text, ..]) => json!([code, text]),
+        _ => result.clone(),
     }
 }
 
