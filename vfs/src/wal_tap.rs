@@ -11,9 +11,9 @@
 //! - A frame header with a database size and the WAL's salts is held, and its page with it: after a
 //!   WAL restart the old bytes behind a header alone may equal the new page.
 //! - One with zero salts passes; SQLite rewrites the headers of such a transaction when it commits,
-//!   from the first overwritten frame on, and the last rewrite, of this header, completes it. SQLite
-//!   up to 3.49.1 keeps a first frame that a savepoint took back: when the commit frame lies before
-//!   it, no rewrite follows, and the commit is refused.
+//!   from the first overwritten frame on, and the last rewrite, of this header, completes it.
+//!   SQLite up to 3.49.1 keeps a first frame that a savepoint took back: when the commit frame lies
+//!   before it, no rewrite follows, and the commit is refused.
 //! - A chain that does not hold at the completing write is refused: SQLite up to 3.49.1 loses such
 //!   a commit, and all later ones, in a crash.
 //! - The frame last committed is never overwritten within its generation: a transaction's start is

@@ -489,7 +489,7 @@ fn run(seed: u64) {
         frames: Vec::new(),
         recompute: None,
         unsealed: None,
-        keeps_recompute: seed % 2 == 0,
+        keeps_recompute: seed.is_multiple_of(2),
     };
     for _ in 0..12 {
         let break_chain = bench.rng.random_bool(0.1);

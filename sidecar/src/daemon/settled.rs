@@ -4,8 +4,8 @@ use durovfs_wire::ClientId;
 use durovfs_wire::entry::Origin;
 use std::collections::{BTreeMap, VecDeque};
 
-/// Clients that are remembered per database. Needed only for messages that a broken connection still
-/// delivers, a moment later.
+/// Clients that are remembered per database. Needed only for messages that a broken connection
+/// still delivers, a moment later.
 const CLIENTS_MAX: usize = 1024;
 
 /// The newest settled commit of each client.
